@@ -1,0 +1,80 @@
+"""Command lines made from an Options dataclass, and errors as one line on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from gpm.errors import InputError
+from gpm.methods import METHODS
+from gpm.options import Options, check
+
+SomeOptions = TypeVar("SomeOptions", bound=Options)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
+
+
+def parse(options: type[SomeOptions], argv: Sequence[str] | None, description: str) -> SomeOptions:
+    """The options that a command line gives: one flag for each field, defaults and help from the dataclass.
+
+    Raises:
+        InputError: values that no run can use.
+    """
+    parser = Parser(
+        prog=Path(sys.argv[0]).name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for field in dataclasses.fields(options):
+        add_flag(parser, field)
+    values = vars(parser.parse_args(argv))
+    for field in dataclasses.fields(options):
+        if isinstance(values[field.name], list):  # argparse makes lists of what has several values
+            values[field.name] = type(default_of(field))(values[field.name])
+    parsed = options(**values)
+    check(parsed)
+    return parsed
+
+
+def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    """Add one field of an options dataclass."""
+    default = default_of(field)
+    inherited = next((base for base in dataclasses.fields(Options) if base.name == field.name), field)
+    arguments = {**inherited.metadata["parser"], **field.metadata["parser"]}
+    shown = " ".join(f"{k}={v}" for k, v in default.items()) if isinstance(default, dict) else default
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else shown
+    help = field.metadata["help"].replace("%", "%%")
+    if default not in (None, False, {}):
+        help += f" (default: {shown})"
+    if isinstance(default, bool):
+        arguments["action"] = argparse.BooleanOptionalAction
+    elif field.name == "method":
+        arguments["choices"] = tuple(METHODS)
+    elif default is not None:
+        arguments.setdefault("type", type(default))
+    else:
+        arguments.setdefault("type", int)
+    parser.add_argument(f"--{field.name}", default=default, help=help, **arguments)
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """A field's default value."""
+    return field.default_factory() if field.default is dataclasses.MISSING else field.default
+
+
+def script(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
+    """Run a script's main; what the user got wrong is one line on stderr and exit code 2."""
+    try:
+        main(None)
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

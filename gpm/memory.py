@@ -1,0 +1,197 @@
+"""GradientProjectionMemory: what a network must not forget, as one orthonormal basis for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpm.errors import InputError
+from gpm.files import load_tensors, save_tensors
+from gpm.projection import LayerProjector, projected_gradients
+from gpm.representation import Representation, find_layers, representations
+from gpm.subspace import RankRule, extend_basis, extend_basis_from_gram
+
+Normalization = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+)
+
+
+class GradientProjectionMemory:
+    """The bases of a model's layers, and the protection they give (Saha, Garg and Roy, ICLR 2021, Algorithm 1).
+
+    Args:
+        model: any module. Its Linear and convolution layers are protected, except:
+        exclude: names of modules to leave out, such as the task heads.
+        rank_rule: "released" keeps one direction fewer after the first task, as the authors' released code does.
+
+    Attributes:
+        layers: the protected layers by name.
+        bases: (d, k) float64 by key: the layer's name, or name[g] for group g of a grouped convolution.
+
+    Example:
+        >>> memory = GradientProjectionMemory(model, exclude=["heads"])
+        >>> for task in tasks:
+        ...     with memory.protect():
+        ...         train(model, task)
+        ...     memory.update(lambda images: model(images, task), [samples], threshold=0.97)
+    """
+
+    def __init__(self, model: nn.Module, exclude: Iterable[str] = (), rank_rule: RankRule = "paper") -> None:
+        self.model = model
+        self.layers = find_layers(model, exclude)
+        if not self.layers:
+            raise InputError(f"{type(model).__name__} has no Linear or convolution layer to protect")
+        self.rank_rule: RankRule = rank_rule
+        self.bases: dict[str, Tensor] = {
+            key: layer.module.weight.new_zeros(layer.input_size, 0, dtype=torch.float64)
+            for layer in self.layers.values()
+            for key in layer.keys
+        }
+        self.n_updates = 0
+
+    @property
+    def columns(self) -> dict[str, int]:
+        """k, the number of basis columns, by key."""
+        return {key: basis.shape[1] for key, basis in self.bases.items()}
+
+    @property
+    def input_sizes(self) -> dict[str, int]:
+        """d, the most columns a basis can have, by key."""
+        return {key: basis.shape[0] for key, basis in self.bases.items()}
+
+    @property
+    def full_layers(self) -> list[str]:
+        """Keys whose every direction is taken: these layers can no longer learn."""
+        return [key for key, (d, k) in ((key, basis.shape) for key, basis in self.bases.items()) if k == d]
+
+    def update(
+        self,
+        forward: Callable[[Any], Any],
+        batches: Iterable[Any],
+        threshold: float | Mapping[str, float],
+        samples: Mapping[str, int] | None = None,
+    ) -> None:
+        """Remember the task just learned (paper Eqs. 5, 8 and 9).
+
+        Args:
+            forward: runs the model on one batch, for example `lambda images: model(images, task)`.
+            batches: representative training samples of the task; one batch of a few hundred is usual.
+            threshold: ε in (0, 1], one for all layers or one by layer name.
+            samples: by layer name, how many samples of each batch become columns; all where unnamed.
+        Raises:
+            ValueError: a threshold is out of range or the representation is not finite.
+            InputError: a protected layer did not run.
+        """
+        training_modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            gathered = representations(self.layers, forward, batches, samples)
+        finally:
+            for module, mode in training_modes.items():
+                module.training = mode
+        rule = self.rank_rule if self.n_updates == 0 else "paper"
+        extended = {}
+        for layer in self.layers.values():
+            epsilon = threshold if isinstance(threshold, (int, float)) else threshold[layer.name]
+            for key in layer.keys:
+                extended[key] = _extend(self.bases[key], gathered[key], epsilon, rule)
+        self.bases = extended
+        self.n_updates += 1
+
+    @contextmanager
+    def protect(self) -> Iterator[dict[str, LayerProjector]]:
+        """Within this context training leaves what is remembered alone; before the first update it does nothing.
+
+        Gradients of the protected layers come out orthogonal to their bases, and the parameters of normalisation layers
+        are frozen, since moving them would change every old task (paper Sec. 5).
+
+        With an optimiser that moves weights off the projected gradient (Adam, weight decay), also wrap it in
+        `protect_update`.
+        """
+        frozen = [p for p in normalization_parameters(self.model) if p.requires_grad] if self.n_updates else []
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            with projected_gradients(self.layers, self.bases) as projectors:
+                yield projectors
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    @contextmanager
+    def protect_update(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Within this context every `optimizer.step()` moves the protected weights orthogonally to their bases.
+
+        For optimisers whose update is not a combination of gradients: Adam rescales entries, weight decay adds W.
+        It projects the update itself, W ← W₀ + (W - W₀) P, at the price of a copy of the weights.
+        """
+        projectors = {
+            name: LayerProjector(layer, [self.bases[key] for key in layer.keys]) for name, layer in self.layers.items()
+        }
+        before: dict[str, list[Tensor | None]] = {}
+
+        def remember(*_: Any) -> None:
+            for name, layer in self.layers.items():
+                before[name] = [None if p is None else p.detach().clone() for p in _parameters(layer.module)]
+
+        @torch.no_grad()
+        def project(*_: Any) -> None:
+            for name, layer in self.layers.items():
+                if projectors[name].is_idle:
+                    continue
+                old, now = before[name], _parameters(layer.module)
+                moved = projectors[name](*(None if p is None else p - o for p, o in zip(now, old, strict=True)))
+                for parameter, start, step in zip(now, old, moved, strict=True):
+                    if parameter is not None:
+                        parameter.copy_(start + step)
+
+        handles = [optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(project)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs, tensors and plain numbers only."""
+        return {"bases": dict(self.bases), "n_updates": self.n_updates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved memory; raises InputError where it is not of this model's layers."""
+        expected, found = self.input_sizes, {key: len(basis) for key, basis in state["bases"].items()}
+        if expected != found:
+            wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+            raise InputError(f"the saved memory is of another model: layers {', '.join(wrong)} differ in name or size")
+        self.bases = {key: state["bases"][key].to(self.bases[key]) for key in self.bases}
+        self.n_updates = state["n_updates"]
+
+    def save(self, path: str | Path) -> None:
+        """Write the memory to a file."""
+        save_tensors(Path(path), self.state_dict())
+
+    def load(self, path: str | Path) -> None:
+        """Read a memory that `save` wrote; raises InputError where the file is damaged or of another model."""
+        self.load_state_dict(load_tensors(Path(path)))
+
+
+def normalization_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Scales and shifts of a model's normalisation layers."""
+    return [p for module in model.modules() if isinstance(module, Normalization) for p in module.parameters()]
+
+
+def _parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    return module.weight, module.bias
+
+
+def _extend(basis: Tensor, representation: Representation, threshold: float, rank_rule: RankRule) -> Tensor:
+    if representation.gram is not None:
+        return extend_basis_from_gram(basis, representation.gram, threshold, rank_rule)
+    return extend_basis(basis, representation.columns, threshold, rank_rule)

@@ -1,0 +1,60 @@
+"""What a method is: the few moments of training at which methods differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpm.memory import GradientProjectionMemory
+from gpm.options import Options
+from gpm.task import Task
+
+
+class Method:
+    """A way to learn tasks one after another. Every moment has a default: plain training.
+
+    Args:
+        model: called as `model(images, task)`; the heads of a multi-head model are in `model.heads`.
+        options: the run's hyperparameters.
+    Raises:
+        InputError: the method cannot be used with this model or these options.
+    """
+
+    name: ClassVar[str]
+    memory: GradientProjectionMemory | None = None
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.model, self.options = model, options
+
+    @contextmanager
+    def learning(self, t: int, task: Task) -> Iterator[None]:
+        """Surrounds the training of task t."""
+        yield
+
+    def loss(self, images: Tensor, labels: Tensor, t: int) -> Tensor:
+        """The loss of a batch, to be minimised."""
+        return F.cross_entropy(self.model(images, t), labels)
+
+    def after_backward(self, t: int) -> None:
+        """Gradients are there, the optimiser has not moved yet."""
+
+    def after_step(self, t: int) -> None:
+        """The optimiser has moved."""
+
+    def after_task(self, t: int, task: Task) -> None:
+        """Task t is learned, its best weights are in the model."""
+
+    def memory_floats(self) -> int:
+        """How many numbers the method keeps of the past besides the network itself."""
+        return 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method must save to go on: tensors and plain values only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""

@@ -1,0 +1,36 @@
+"""The numbers of continual learning, from the accuracy matrix.
+
+`accuracy[i][j]` is the test accuracy (percent) on task j after learning task i; None where it was not measured (j > i).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+AccuracyMatrix = Sequence[Sequence[float | None]]
+
+
+def average_accuracy(accuracy: AccuracyMatrix) -> float:
+    """ACC: the mean over all tasks of the accuracy after the last one (paper Eq. 10), percent."""
+    last = accuracy[-1]
+    return sum(last) / len(last)
+
+
+def backward_transfer(accuracy: AccuracyMatrix) -> float:
+    """BWT: the mean change of each task's accuracy since it was learned, over T - 1 tasks (paper Eq. 11), points.
+
+    Negative means forgetting; 0.0 for a single task, which has nothing to forget.
+    """
+    last, n_tasks = accuracy[-1], len(accuracy)
+    changes = [last[j] - accuracy[j][j] for j in range(n_tasks - 1)]
+    return sum(changes) / len(changes) if changes else 0.0
+
+
+def forgetting(accuracy: AccuracyMatrix) -> float:
+    """The mean drop of each task from its best (Chaudhry et al., ECCV 2018, Eq. 3), over T - 1 tasks, points.
+
+    0.0 for a single task.
+    """
+    n_tasks = len(accuracy)
+    drops = [max(accuracy[i][j] for i in range(j, n_tasks - 1)) - accuracy[-1][j] for j in range(n_tasks - 1)]
+    return sum(drops) / len(drops) if drops else 0.0

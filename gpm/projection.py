@@ -1,0 +1,193 @@
+"""Gradients orthogonal to a basis, at the least cost (paper Eqs. 6-7).
+
+The textbook form G (I - M Mᵀ) with a dense d x d matrix costs 2·rows·d². The same numbers come cheaper from the
+smaller basis (M, or N of its complement) and, for a Linear, from the smaller side: G = Δᵀ X, so G P = Δᵀ (X P), which
+projects the batch's rows of X instead of the output units' rows of G.
+
+Letters: G (o, d) a layer's weight gradient, M (d, k) its basis, N (d, d - k) of the complement, P = I - M Mᵀ = N Nᵀ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from gpm.representation import Layer
+from gpm.subspace import orthogonal_complement
+
+Route = Literal["none", "zero", "subtract", "keep", "dense"]
+
+# One dense product beats two thin ones up to this size, where starting a kernel costs more than its arithmetic.
+DENSE_SIZE = 128
+# A thin pair costs 4·rows·d·r against 2·rows·d² dense: equal at r = d/2, where the one dense product has less overhead.
+DENSE_RATIO = 0.4
+
+
+def cheapest_route(d: int, k: int) -> Route:
+    """How to multiply rows by P: the rule is confirmed by benchmarks/speed.py.
+
+    Args:
+        d: input size of the layer.
+        k: columns of its basis.
+    Returns:
+        "none": k = 0, nothing to remove. "zero": k = d, nothing left. "dense": G P. "subtract": G - (G M) Mᵀ.
+        "keep": (G N) Nᵀ, when the complement is the smaller basis.
+    """
+    if k == 0:
+        return "none"
+    if k >= d:
+        return "zero"
+    if d <= DENSE_SIZE or min(k, d - k) > DENSE_RATIO * d:
+        return "dense"
+    return "subtract" if k <= d - k else "keep"
+
+
+class Projector:
+    """Multiplies rows by P = I - M Mᵀ.
+
+    Args:
+        basis: (d, k) orthonormal columns, float64.
+        dtype: of the rows.
+        route: chosen by cost where not given.
+    """
+
+    def __init__(self, basis: Tensor, dtype: torch.dtype, route: Route | None = None) -> None:
+        self.route = cheapest_route(*basis.shape) if route is None else route
+        if self.route == "dense":
+            factor = torch.eye(len(basis), dtype=basis.dtype, device=basis.device) - basis @ basis.T
+        elif self.route == "keep":
+            factor = orthogonal_complement(basis)
+        else:
+            factor = basis
+        self.factor = factor.to(dtype).contiguous()
+        self.factor_t = self.factor.T.contiguous()  # a product of two plain row-major matrices is the fastest one
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """rows (m, d) to (m, d), each orthogonal to the basis."""
+        if self.route == "none":
+            return rows
+        if self.route == "zero":
+            return torch.zeros_like(rows)
+        if self.route == "dense":
+            return rows @ self.factor
+        inside = rows @ self.factor  # (m, k) or (m, d - k)
+        if self.route == "keep":
+            return inside @ self.factor_t
+        return torch.addmm(rows, inside, self.factor_t, alpha=-1)
+
+
+class LayerProjector:
+    """Projects the gradients of one layer's parameters, of all groups and with the bias as one more input."""
+
+    def __init__(self, layer: Layer, bases: list[Tensor]) -> None:
+        weight = layer.module.weight
+        self.groups = [Projector(basis.to(weight.device), weight.dtype) for basis in bases]
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is remembered yet: gradients pass as they are."""
+        return all(projector.route == "none" for projector in self.groups)
+
+    @property
+    def is_full(self) -> bool:
+        """Every direction is taken: the layer can no longer learn."""
+        return all(projector.route == "zero" for projector in self.groups)
+
+    def __call__(self, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Project a weight-shaped tensor (o, ...) and a bias-shaped one (o,), together the rows [W, b] (o, d)."""
+        rows = weight.flatten(1)
+        if bias is not None:
+            rows = torch.cat([rows, bias[:, None]], dim=1)
+        parts = rows.chunk(len(self.groups)) if len(self.groups) > 1 else (rows,)
+        parts = [project(part) for project, part in zip(self.groups, parts, strict=True)]
+        rows = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if bias is None:
+            return rows.view_as(weight), None
+        return rows[:, :-1].reshape(weight.shape), rows[:, -1]
+
+
+class _GradientSide(torch.autograd.Function):
+    """The parameters as they are; their gradients projected."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, bias: Tensor | None, project: LayerProjector):
+        ctx.project = project
+        return weight.view_as(weight), None if bias is None else bias.view_as(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_weight: Tensor, grad_bias: Tensor | None):
+        return *ctx.project(grad_weight, grad_bias), None
+
+
+class _InputSide(torch.autograd.Function):
+    """y = x Wᵀ + b, whose parameter gradients Δᵀ [X, 1] P are made from projected input rows."""
+
+    @staticmethod
+    def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None, project: Projector):
+        ctx.save_for_backward(inputs, weight)
+        ctx.project, ctx.has_bias = project, bias is not None
+        return F.linear(inputs, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        inputs, weight = ctx.saved_tensors
+        grad_inputs = grad_output @ weight if ctx.needs_input_grad[0] else None
+        rows = inputs.reshape(-1, inputs.shape[-1])  # (m, d)
+        if ctx.has_bias:
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        grad = grad_output.reshape(-1, grad_output.shape[-1]).T @ ctx.project(rows)  # (o, d)
+        if ctx.has_bias:
+            return grad_inputs, grad[:, :-1], grad[:, -1], None
+        return grad_inputs, grad, None, None
+
+
+def _projected_forward(module: nn.Module, project: LayerProjector, inputs: Tensor) -> Tensor:
+    """The layer's own forward, with projected parameter gradients."""
+    weight, bias = module.weight, module.bias
+    if project.is_full:  # the gradient is zero: do not compute it
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    elif isinstance(module, nn.Linear):
+        # Autocast would hand the hand-written backward two dtypes; the gradient side does not mind.
+        if inputs.numel() < weight.numel() and not torch.is_autocast_enabled(inputs.device.type):
+            return _InputSide.apply(inputs, weight, bias, project.groups[0])
+    if not project.is_full:
+        weight, bias = _GradientSide.apply(weight, bias, project)
+    if isinstance(module, nn.Linear):
+        return F.linear(inputs, weight, bias)
+    return module._conv_forward(inputs, weight, bias)
+
+
+@contextmanager
+def projected_gradients(
+    layers: Mapping[str, Layer], bases: Mapping[str, Tensor]
+) -> Iterator[dict[str, LayerProjector]]:
+    """Within this context, backward gives the layers' parameters gradients orthogonal to their bases.
+
+    The projection is a property of the layers, so any optimiser, gradient accumulation, AMP and data-parallel training
+    see projected gradients. A full layer gets no gradient at all (None).
+
+    Args:
+        layers: the layers to protect, by name.
+        bases: (d, k) for each key of each layer.
+    """
+    projectors = {name: LayerProjector(layer, [bases[key] for key in layer.keys]) for name, layer in layers.items()}
+    busy = {name: project for name, project in projectors.items() if not project.is_idle}
+    for name, project in busy.items():
+        module = layers[name].module
+        if "forward" in vars(module):
+            raise RuntimeError(f"the forward of layer {name} is replaced already: two protections cannot nest")
+        module.forward = partial(_projected_forward, module, project)
+    try:
+        yield projectors
+    finally:
+        for name in busy:
+            del layers[name].module.forward

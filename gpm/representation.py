@@ -1,0 +1,167 @@
+"""A model's layer inputs as representation matrices, read by hooks from any Linear or convolution (paper Sec. 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpm.errors import InputError
+
+Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Entries of one block of patches: blocks bound the memory that unfolding takes, 128 MiB in float64.
+BLOCK_ENTRIES = 2**24
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer whose weights can be protected: y = W x + b on rows, or on the patches of a convolution.
+
+    A convolution in groups is as many layers side by side, so it has one subspace for each group. A bias sees the
+    constant 1 as one more input.
+    """
+
+    name: str
+    module: nn.Module
+
+    @property
+    def groups(self) -> int:
+        return getattr(self.module, "groups", 1)
+
+    @property
+    def input_size(self) -> int:
+        """d: inputs that one output unit sees, a bias's constant 1 included."""
+        return self.module.weight[0].numel() + (self.module.bias is not None)
+
+    @property
+    def keys(self) -> list[str]:
+        """The names of the layer's subspaces: its own, or one for each group."""
+        return [self.name] if self.groups == 1 else [f"{self.name}[{g}]" for g in range(self.groups)]
+
+
+def find_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Layer]:
+    """Every Linear and convolution of a model by name, in the order of definition.
+
+    Args:
+        model: any module.
+        exclude: names of modules to leave out, with all that is inside them.
+    Raises:
+        InputError: an excluded name is not a module of the model.
+    """
+    modules, exclude = dict(model.named_modules()), tuple(exclude)
+    for name in exclude:
+        if name not in modules:
+            raise InputError(f"exclude names {name!r}, which is not a module of {type(model).__name__}")
+    excluded = {inner for name in exclude for inner, _ in modules[name].named_modules(prefix=name)}
+    return {
+        name: Layer(name, module)
+        for name, module in modules.items()
+        if isinstance(module, (nn.Linear, *Convolution)) and name not in excluded
+    }
+
+
+def input_columns(layer: Layer, inputs: Tensor) -> list[Tensor]:
+    """The columns of the representation matrix that some inputs add, for each group of a layer.
+
+    Args:
+        layer: a Linear, whose columns are rows of its input, or a convolution, whose columns are patches.
+        inputs: what the layer's forward receives, batch first; of a Linear (..., d).
+    Returns:
+        one (d, n) tensor a group.
+    """
+    module = layer.module
+    if isinstance(module, nn.Linear):
+        columns = [inputs.reshape(-1, inputs.shape[-1]).T]
+    else:
+        columns = list(patches(module, inputs))
+    if module.bias is not None:
+        columns = [torch.cat([c, c.new_ones(1, c.shape[1])]) for c in columns]
+    return columns
+
+
+def patches(conv: nn.Module, inputs: Tensor) -> Tensor:
+    """The patches of `inputs` (batch, channels, *size) that a convolution sees, as (groups, d, batch · positions)."""
+    padding = conv._reversed_padding_repeated_twice  # also resolves padding="same"
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    x = F.pad(inputs, padding, mode=mode)
+    for axis, (size, stride, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
+        x = x.unfold(axis + 2, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    batch, channels = x.shape[:2]
+    dims = len(conv.kernel_size)
+    x = x.reshape(batch, conv.groups, channels // conv.groups, -1, *conv.kernel_size)  # (b, g, c, positions, *kernel)
+    order = (1, 2, *range(4, 4 + dims), 0, 3)  # (g, c, *kernel, b, positions)
+    return x.permute(order).reshape(conv.groups, x[0, 0, :, 0].numel(), -1)
+
+
+class Representation:
+    """One representation matrix R (d, n), as its columns while n < d and as R Rᵀ (d, d) in float64 from then on.
+
+    Either form decides the subspace exactly, and none takes more than d² entries, however many columns are added.
+    """
+
+    def __init__(self, d: int) -> None:
+        self.d, self.n = d, 0
+        self.columns: Tensor | None = None
+        self.gram: Tensor | None = None
+
+    def add(self, columns: Tensor) -> None:
+        """Append columns (d, m)."""
+        self.n += columns.shape[1]
+        if self.gram is None and self.n < self.d:
+            self.columns = columns if self.columns is None else torch.cat([self.columns, columns], dim=1)
+            return
+        for block in (self.columns, *columns.split(max(1, BLOCK_ENTRIES // self.d), dim=1)):
+            if block is not None:
+                block = block.double()
+                self.gram = block @ block.T if self.gram is None else self.gram.addmm_(block, block.T)
+        self.columns = None
+
+
+@torch.no_grad()
+def representations(
+    layers: Mapping[str, Layer],
+    forward: Callable[[Any], Any],
+    batches: Iterable[Any],
+    samples: Mapping[str, int] | None = None,
+) -> dict[str, Representation]:
+    """Run batches through a model and gather the inputs of its layers.
+
+    Args:
+        layers: the layers to listen to; the model must be in the mode (eval) whose inputs are wanted.
+        forward: called once with each batch.
+        batches: what `forward` takes.
+        samples: by layer name, how many samples of each batch become columns, the first ones; all where unnamed.
+    Returns:
+        one Representation for each key of each layer.
+    Raises:
+        InputError: a layer did not run.
+    """
+    samples = samples or {}
+    gathered = {key: Representation(layer.input_size) for layer in layers.values() for key in layer.keys}
+
+    def listen(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs = args[0][: samples.get(layer.name)]
+            # A few images at a time, since a patch repeats its pixels up to kernel-size times.
+            entries = layer.input_size * inputs[0, ..., 0].numel() if inputs.ndim > 2 else layer.input_size
+            for block in inputs.split(max(1, BLOCK_ENTRIES // entries)):
+                for key, columns in zip(layer.keys, input_columns(layer, block), strict=True):
+                    gathered[key].add(columns)
+
+        return hook
+
+    handles = [layer.module.register_forward_pre_hook(listen(layer)) for layer in layers.values()]
+    try:
+        for batch in batches:
+            forward(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for key, representation in gathered.items():
+        if representation.n == 0:
+            raise InputError(f"layer {key} did not run in the forward pass, so its inputs are unknown: exclude it")
+    return gathered

@@ -1,0 +1,120 @@
+"""Subspaces of a layer's input space: how many directions a task needs, and which (paper Eqs. 5, 8 and 9).
+
+Letters: d size of a layer's input, n samples or patches, k basis columns, R (d, n) representation matrix,
+M (d, k) orthonormal basis, N (d, d - k) orthonormal basis of its complement.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+RankRule = Literal["paper", "released"]
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def extend_basis(basis: Tensor, representation: Tensor, threshold: float, rank_rule: RankRule = "paper") -> Tensor:
+    """Append the directions that a task needs to one layer's basis (paper Eqs. 5, 8 and 9).
+
+    With an empty basis this is Eq. 5: the fewest leading left singular vectors of R that hold `threshold` of ‖R‖².
+    Otherwise it is Eqs. 8-9: the fewest of R - M Mᵀ R that, with what M holds already, do.
+
+    Args:
+        basis: (d, k), orthonormal columns; k may be 0.
+        representation: (d, n), one sample or patch a column, any floating dtype.
+        threshold: ε, the fraction of the squared Frobenius norm to hold, in (0, 1].
+        rank_rule: "released" appends one direction fewer, as the released code does on the first task.
+    Returns:
+        (d, k + r) float64, r >= 0, orthonormal; its first k columns are `basis`.
+    Raises:
+        ValueError: the row counts disagree, the threshold is out of range, or the representation is not finite.
+    """
+    d, n = representation.shape
+    if n >= d:
+        columns = representation.double()
+        return extend_basis_from_gram(basis, columns @ columns.T, threshold, rank_rule)
+    _check(basis, representation, threshold)
+    # Energy below the rounding of the representation's own dtype is noise, not a direction.
+    noise = max(d, n) * torch.finfo(representation.dtype).eps ** 2
+    basis, columns = basis.double(), representation.double()
+    total = columns.square().sum()
+    if total == 0 or basis.shape[1] == d:
+        return basis
+    residual = _remove(basis, _remove(basis, columns))  # twice: once leaves rounding of M's size behind
+    directions, singular_values, _ = torch.linalg.svd(residual, full_matrices=False)  # (d, n), (n,)
+    energies = singular_values.square()
+    rank = int((energies > noise * total).sum())
+    r = count_directions(energies[:rank], total - energies.sum(), threshold, rank_rule)
+    # A weak direction of the residual is orthogonal to M only relative to its length: make it so to rounding.
+    new = torch.linalg.qr(_remove(basis, directions[:, :r])).Q
+    return torch.cat([basis, new], dim=1)
+
+
+def extend_basis_from_gram(basis: Tensor, gram: Tensor, threshold: float, rank_rule: RankRule = "paper") -> Tensor:
+    """`extend_basis` from C = R Rᵀ alone, for any number of samples in d² memory.
+
+    The eigenvectors of Nᵀ C N are the new directions inside the complement of the basis, so N V is orthonormal and
+    orthogonal to M by construction, also where R̂ has no energy.
+
+    Args:
+        basis: (d, k), orthonormal columns.
+        gram: (d, d) float64, R Rᵀ.
+        threshold, rank_rule, Returns, Raises: as in `extend_basis`.
+    """
+    _check(basis, gram, threshold)
+    basis, d = basis.double(), gram.shape[0]
+    total = gram.trace()
+    if total == 0 or basis.shape[1] == d:
+        return basis
+    complement = orthogonal_complement(basis)  # (d, d - k)
+    inside = complement.T @ gram @ complement
+    energies, directions = torch.linalg.eigh((inside + inside.T) / 2)
+    energies, directions = energies.flip(0).clamp(min=0), directions.flip(1)  # by decreasing energy
+    # A Gram matrix squares the condition: below d · eps of the whole there is only rounding, which ε = 1 would keep.
+    rank = int((energies > d * EPS * total).sum())
+    r = count_directions(energies[:rank], total - energies.sum(), threshold, rank_rule)
+    return torch.cat([basis, complement @ directions[:, :r]], dim=1)
+
+
+def count_directions(energies: Tensor, captured: Tensor | float, threshold: float, rank_rule: RankRule) -> int:
+    """The fewest leading directions that satisfy Eq. 9 (Eq. 5 where nothing is captured yet).
+
+    Args:
+        energies: (m,) squared singular values of the residual, decreasing.
+        captured: ‖M Mᵀ R‖², the energy that the basis holds already.
+        threshold: ε in (0, 1].
+        rank_rule: "released" counts one fewer.
+    """
+    # Compare what would be missed, not what is held: the last energies vanish in a sum with the first.
+    missed = energies.flip(0).cumsum(0).flip(0)  # (m,) energy missed by keeping 0, 1, … m - 1 directions
+    total = captured + energies.sum()
+    r = int((missed > (1 - threshold) * total).sum())
+    return max(r - 1, 0) if rank_rule == "released" else r
+
+
+def orthogonal_complement(basis: Tensor) -> Tensor:
+    """An orthonormal basis N (d, d - k) of the complement of the columns of `basis` (d, k), by Householder QR."""
+    d, k = basis.shape
+    if k == 0:
+        return torch.eye(d, dtype=basis.dtype, device=basis.device)
+    return torch.linalg.qr(basis, mode="complete").Q[:, k:]
+
+
+def _remove(basis: Tensor, columns: Tensor) -> Tensor:
+    """R - M Mᵀ R (paper Eq. 8)."""
+    return columns - basis @ (basis.T @ columns)
+
+
+def _check(basis: Tensor, representation: Tensor, threshold: float) -> None:
+    if basis.shape[0] != representation.shape[0]:
+        raise ValueError(
+            f"basis has {basis.shape[0]} rows, representation {representation.shape[0]}; "
+            "both must be the layer's input size"
+        )
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold is {threshold}; it must be in (0, 1]")
+    if not torch.isfinite(representation).all():
+        raise ValueError("the representation has infinite or NaN values: the network has diverged")

@@ -1,0 +1,71 @@
+"""What the engine learns from: tasks as tensors, and a benchmark as a sequence of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Split(NamedTuple):
+    """Images and labels of one part of a task, on the device that trains."""
+
+    images: Tensor  # (n, ...) float, normalised
+    labels: Tensor  # (n,) int64, in [0, n_classes)
+
+    def to(self, device: torch.device | str) -> Split:
+        """The same split on `device`."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a benchmark; `valid` drives the learning-rate schedule, `test` drives nothing."""
+
+    name: str
+    n_classes: int
+    train: Split
+    valid: Split
+    test: Split
+
+
+class LazyTasks(Sequence[Task]):
+    """A sequence of tasks built when asked for, so that only the task at hand takes up memory.
+
+    Args:
+        n_tasks: length of the sequence.
+        build: makes task t; must depend on t alone, so that asking twice gives the same task.
+    """
+
+    def __init__(self, n_tasks: int, build: Callable[[int], Task]) -> None:
+        self._n_tasks, self._build = n_tasks, build
+
+    def __len__(self) -> int:
+        return self._n_tasks
+
+    def __getitem__(self, t: int) -> Task:  # type: ignore[override]
+        if not 0 <= t < self._n_tasks:
+            raise IndexError(f"task {t} of {self._n_tasks}")
+        return self._build(t)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The tasks of one benchmark and where their images came from.
+
+    Attributes:
+        name: pmnist, cifar100, cifar100_superclass or five_datasets; or your own.
+        data: "real" or "embedded".
+        tasks: in the order they are learned.
+        sources: per raw data set, its checksum and image counts, copied into summary.json.
+        notes: what a reader of the numbers has to know (a set that is incomplete or left out), shown in every output.
+    """
+
+    name: str
+    data: str
+    tasks: Sequence[Task]
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
