@@ -26,7 +26,7 @@ from models import ResNet18
 @dataclass(kw_only=True)
 class Hyperparameters(Options):
     datasets: tuple[str, ...] = flag(
-        ("cifar10", "mnist", "svhn", "fashion_mnist", "notmnist"), "the tasks and their order", nargs="+"
+        ("cifar10", "mnist", "svhn", "fashion_mnist", "notmnist"), "the tasks and their order"
     )
     n_tasks: int = flag(5, "tasks of ten classes each, the first so many of the data sets")
     n_epochs: int = flag(100, "epochs of each task, at most")

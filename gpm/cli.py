@@ -58,6 +58,8 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
         arguments["action"] = argparse.BooleanOptionalAction
     elif field.name == "method":
         arguments["choices"] = tuple(METHODS)
+    elif isinstance(default, tuple):
+        arguments.update(nargs="+", type=type(default[0]))
     elif default is not None:
         arguments.setdefault("type", type(default))
     else:

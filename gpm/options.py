@@ -70,7 +70,7 @@ class Options:
     pc_valid: float = flag(0.05, "fraction of each task's training images held out for validation")
 
     threshold: tuple[float, ...] = flag(
-        (0.97,), "ε, fraction of a layer's input energy to remember: one value, or one a layer", nargs="+", type=float
+        (0.97,), "ε, fraction of a layer's input energy to remember: one value, or one a layer"
     )
     threshold_step: float = flag(0.0, "added to ε with every task learned")
     n_samples: int | str = flag(
@@ -91,6 +91,14 @@ class Options:
         choices=("real", "embedded"),
     )
     data_dir: str = flag("data", "folder of the raw images, downloaded if absent", affects_results=False)
+    step: str = flag(
+        "auto",
+        "auto: the fastest form of a training step that fits: hand-written for the perceptron on a CPU, a CUDA graph "
+        "on a GPU. eager: one operation at a time",
+        choices=("auto", "eager"),
+        affects_results=False,
+    )
+    amp: str = flag("off", "bf16: forward and backward in bfloat16 (a different result)", choices=("off", "bf16"))
     device: str = flag("auto", "cpu, cuda, cuda:1, …; auto is cuda where there is one", affects_results=False)
     output_dir: str = flag("runs", "folder that gets one folder for every run", affects_results=False)
     quiet: bool = flag(False, "print the final numbers only", affects_results=False)

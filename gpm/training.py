@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from gpm.methods.base import Method
 from gpm.options import Options
 from gpm.seeds import derived_seed, generator
+from gpm.steps import batches, make_steps
 from gpm.task import Split, Task
 
 State = dict[str, Any]
@@ -117,16 +118,14 @@ def train_task(
     optimizer = torch.optim.SGD(parameters, lr=schedule.lr, momentum=options.momentum)
     if progress.optimizer is not None:
         optimizer.load_state_dict(progress.optimizer)
-    step = TrainingStep(method, optimizer, t)
+    steps = make_steps(method, optimizer, t, task, options)
     plateau = options.schedule == "plateau"
     while progress.epoch < options.n_epochs and not (plateau and schedule.finished):
         began, lr = time.perf_counter(), schedule.lr
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         # Every epoch's random choices follow from its place alone, so a resumed run makes the same ones.
         torch.manual_seed(derived_seed(options.seed, "train", t, progress.epoch))
         order = torch.randperm(len(task.train.labels), generator=generator(options.seed, "order", t, progress.epoch))
-        train_loss = train_epoch(step, task.train, order, options.batch_size_train)
+        train_loss = steps.epoch(order, lr)
         valid_loss, valid_accuracy = (
             evaluate(model, t, task.valid, options.batch_size_test) if len(task.valid.labels) else (None, None)
         )
@@ -138,35 +137,6 @@ def train_task(
         on_epoch(Epoch(t, progress.epoch, lr, train_loss, valid_loss, valid_accuracy, seconds), progress)
     if progress.best_weights is not None:
         model.load_state_dict(progress.best_weights)
-
-
-class TrainingStep:
-    """One step of one task: forward, backward, optimiser, with the method's say at each moment."""
-
-    def __init__(self, method: Method, optimizer: torch.optim.Optimizer, t: int) -> None:
-        self.method, self.optimizer, self.t = method, optimizer, t
-
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Learn from a batch; returns its mean loss, still on the device."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.method.loss(images, labels, self.t)
-        loss.backward()
-        self.method.after_backward(self.t)
-        self.optimizer.step()
-        self.method.after_step(self.t)
-        return loss.detach()
-
-
-def train_epoch(step: TrainingStep, split: Split, order: Tensor, batch_size: int) -> float:
-    """Go through a split once, in `order`; returns the mean loss over its images, as seen while training."""
-    step.method.model.train()
-    order = order.to(split.labels.device)
-    total = torch.zeros((), dtype=torch.float64, device=split.labels.device)
-    for start, stop in batches(len(order), batch_size):
-        index = order[start:stop]
-        loss = step(split.images[index], split.labels[index])
-        total += loss * (stop - start)
-    return total.item() / len(order)  # the epoch's only synchronisation
 
 
 @torch.no_grad()
@@ -182,20 +152,6 @@ def evaluate(model: nn.Module, t: int, split: Split, batch_size: int) -> tuple[f
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
     return loss.item() / n, 100 * correct.item() / n
-
-
-def batches(n: int, batch_size: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each batch of n images; the last may be smaller, but never a single image.
-
-    One image has no batch statistics (BatchNorm1d refuses it), so it joins the batch before it.
-    """
-    start = 0
-    while start < n:
-        stop = min(start + batch_size, n)
-        if n - stop == 1:
-            stop = n
-        yield start, stop
-        start = stop
 
 
 def trainable_parameters(model: nn.Module, t: int) -> list[nn.Parameter]:

@@ -21,6 +21,11 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(n_hidden, n_hidden, bias=False)
         self.fc3 = nn.Linear(n_hidden, n_outputs, bias=False)
 
+    @property
+    def relu_chain(self) -> list[nn.Linear]:
+        """The layers that, with a ReLU between them, are the whole network: what a hand-written step needs to know."""
+        return [self.fc1, self.fc2, self.fc3]
+
     def forward(self, images: Tensor, task: int = 0) -> Tensor:
         """Logits (batch, n_outputs) of images (batch, n_inputs); the head is the same for every task."""
         return self.fc3(F.relu(self.fc2(F.relu(self.fc1(images)))))

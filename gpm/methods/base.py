@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from gpm.memory import GradientProjectionMemory
 from gpm.options import Options
+from gpm.projection import LayerProjector
 from gpm.task import Task
 
 
@@ -26,9 +28,16 @@ class Method:
 
     name: ClassVar[str]
     memory: GradientProjectionMemory | None = None
+    projectors: Mapping[str, LayerProjector] = MappingProxyType({})  # by layer name, while learning
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model, self.options = model, options
+
+    @property
+    def has_plain_step(self) -> bool:
+        """Whether a training step is SGD on the loss, with nothing of the method's own but projected gradients."""
+        moments = ("loss", "after_backward", "after_step")
+        return all(getattr(type(self), moment) is getattr(Method, moment) for moment in moments)
 
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:

@@ -47,7 +47,7 @@ class GPM(Method):
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
         """Train with projected gradients."""
-        with self.memory.protect():
+        with self.memory.protect() as self.projectors:
             yield
 
     def after_task(self, t: int, task: Task) -> None:
