@@ -2,6 +2,7 @@
 
 from gpm.errors import DataError, InputError
 from gpm.memory import GradientProjectionMemory
+from gpm.runfolder import load_run
 from gpm.subspace import extend_basis
 
-__all__ = ["DataError", "GradientProjectionMemory", "InputError", "extend_basis"]
+__all__ = ["DataError", "GradientProjectionMemory", "InputError", "extend_basis", "load_run"]

@@ -20,7 +20,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest state that can be read; None where there is none. A damaged one is passed over with a warning."""
+    """The newest state that can be read, or None. A damaged one is passed over with a warning."""
     for name in (NEWEST, RESERVE):
         if (folder / name).exists():
             try:

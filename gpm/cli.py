@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from gpm.errors import InputError
+from gpm.errors import DivergenceError, InputError, Stopped
 from gpm.methods import METHODS
 from gpm.options import Options, check
 
@@ -35,13 +37,34 @@ def parse(options: type[SomeOptions], argv: Sequence[str] | None, description: s
     )
     for field in dataclasses.fields(options):
         add_flag(parser, field)
+    parser.add_argument("--config", metavar="FILE", help="config.json of a run to repeat; further flags change it")
+    config = parser.parse_args(argv).config
+    if config is not None:
+        parser.set_defaults(**read_config(Path(config), options))
     values = vars(parser.parse_args(argv))
+    del values["config"]
     for field in dataclasses.fields(options):
         if isinstance(values[field.name], list):  # argparse makes lists of what has several values
             values[field.name] = type(default_of(field))(values[field.name])
     parsed = options(**values)
     check(parsed)
     return parsed
+
+
+def read_config(path: Path, options: type[Options]) -> dict[str, Any]:
+    """The hyperparameters in a run's config.json, all but its folder.
+
+    Raises:
+        InputError: the file cannot be read, or is of another script.
+    """
+    try:
+        values = json.loads(path.read_text())["hyperparameters"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not the config.json of a run: {error}") from error
+    names = {field.name for field in dataclasses.fields(options)}
+    if set(values) != names:
+        raise InputError(f"{path} is of another script: it differs in {', '.join(sorted(names ^ set(values)))}")
+    return {name: value for name, value in values.items() if name not in ("run_folder", "no_resume")}
 
 
 def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
@@ -55,7 +78,7 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
     if default not in (None, False, {}):
         help += f" (default: {shown})"
     if isinstance(default, bool):
-        arguments["action"] = argparse.BooleanOptionalAction
+        arguments["action"] = "store_true"
     elif field.name == "method":
         arguments["choices"] = tuple(METHODS)
     elif isinstance(default, tuple):
@@ -73,10 +96,12 @@ def default_of(field: dataclasses.Field) -> Any:
 
 
 def script(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
-    """Run a script's main; what the user got wrong is one line on stderr and exit code 2."""
+    """Run a script's main; what went wrong is one line on stderr and the error's exit code."""
+    program = Path(sys.argv[0]).name
+    warnings.showwarning = lambda message, *_: print(f"{program}: warning: {message}", file=sys.stderr)
     try:
         main(None)
-    except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (InputError, DivergenceError, Stopped) as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     sys.exit(0)

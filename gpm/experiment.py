@@ -5,21 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import filelock
 from torch import nn
 
-from gpm import hardware, metrics, plots
+from gpm import batchnorm, hardware, metrics, plots
 from gpm.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
-from gpm.errors import InputError
+from gpm.errors import InputError, Stopped
 from gpm.files import write_json, write_text
+from gpm.interrupts import deferred, stoppable
 from gpm.methods import make_method
-from gpm.options import Options, check, variant
+from gpm.options import Options, check, results_options, variant
 from gpm.progress import Progress
-from gpm.task import Benchmark, Split
+from gpm.runfolder import check_same_run, describe_model, hold, read_summary, run_folder
+from gpm.task import Benchmark, Split, Task, join
 from gpm.training import Epoch, TaskProgress, evaluate, start_task, train_task
 
 CHECKPOINT_SECONDS = 60  # within a task, save at most this often, so that short runs pay nothing
@@ -36,49 +37,13 @@ def run(options: Options, benchmark: Benchmark, model: nn.Module) -> dict[str, A
         the content of summary.json.
     Raises:
         InputError: the options cannot be used, the folder cannot be written, or another process holds it.
+        DivergenceError: a loss is infinite or NaN.
+        Stopped: by SIGTERM or SIGINT; the last epoch boundary is saved.
     """
     check(options)
-    folder = run_folder(options, benchmark)
-    finished = read_summary(folder)
-    if finished is not None:
-        if not options.quiet:
-            print(f"{folder} is finished already")
-        print_result(finished, folder)
-        return finished
-    with hold(folder):
+    folder = run_folder(options, benchmark.name, benchmark.data)
+    with stoppable(), hold(folder):
         return Run(options, benchmark, model, folder).go()
-
-
-def run_folder(options: Options, benchmark: Benchmark) -> Path:
-    """runs/DATA/BENCHMARK/METHOD/VARIANT/seed-N."""
-    kind = Path(options.output_dir, benchmark.data, benchmark.name, options.method, variant(options))
-    return kind / f"seed-{options.seed}"
-
-
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary of a finished run; None where there is none yet or it cannot be read."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return summary if isinstance(summary, dict) and summary.get("finished") else None
-
-
-@contextmanager
-def hold(folder: Path):
-    """Keep other processes from running in the same folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock", timeout=0)
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise InputError(f"another process is already at work in {folder}; wait for it or choose another") from error
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another --output_dir") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Run:
@@ -86,14 +51,17 @@ class Run:
 
     def __init__(self, options: Options, benchmark: Benchmark, model: nn.Module, folder: Path) -> None:
         self.options, self.benchmark, self.folder = options, benchmark, folder
+        self.title = f"{benchmark.name} ({benchmark.data} data), {options.method}, seed {options.seed}"
         self.device = hardware.pick_device(options.device)
-        if self.device.type == "cpu":
-            hardware.tune_cpu(model, options.batch_size_train)
+        hardware.tune(self.device, model, options)
         self.method = make_method(model.to(self.device), options)
+        if options.batchnorm == "task" and not batchnorm.batch_norms(model):
+            raise InputError(f"batchnorm is task, but {type(model).__name__} has no BatchNorm; leave the flag out")
         self.position = 0  # tasks learned
         self.task_progress: TaskProgress | None = None  # of the task at hand
         self.accuracy: dict[str, list[list[float | None]]] = {"valid": [], "test": []}
         self.columns: dict[str, list[int]] = {}
+        self.statistics: list[batchnorm.Statistics] = []  # of each task, with --batchnorm task
         self.epochs: list[dict[str, Any]] = []
         self.seconds = {"train": 0.0, "memory": 0.0, "evaluate": 0.0}
         self.saved_at = time.monotonic()
@@ -101,27 +69,41 @@ class Run:
     def go(self) -> dict[str, Any]:
         """Learn every task that is left, then sum up."""
         options, benchmark = self.options, self.benchmark
+        if options.no_resume:
+            remove_checkpoint(self.folder)
+            (self.folder / "summary.json").unlink(missing_ok=True)
         resumed = self.resume()
-        title = f"{benchmark.name} ({benchmark.data} data), {options.method}, seed {options.seed}"
-        self.progress = Progress(title, options.n_tasks, options.n_epochs, self.position, options.quiet)
-        self.progress.say(f"{title}: {hardware.describe(self.device)}, folder {self.folder}")
+        finished = read_summary(self.folder)
+        if finished is not None and resumed and self.position == options.n_tasks:
+            print(f"finished already, in {self.folder} (--no_resume runs it again)")
+            print_result(finished, self.folder)
+            return finished
+        write_json(self.folder / "config.json", self.config())
+        self.progress = Progress(self.title, options, self.folder, done=self.position)
+        self.progress.say(f"{self.title}: {hardware.describe(self.device)}, folder {self.folder}")
         for note in benchmark.notes:
             self.progress.say(f"note: {note}")
         if resumed:
-            epoch = f", epoch {self.task_progress.epoch + 1}" if self.task_progress else ""
+            epoch = f", after epoch {self.task_progress.epoch}" if self.task_progress else ""
             self.progress.say(f"continued from its checkpoint at task {self.position + 1}/{options.n_tasks}{epoch}")
-        else:
-            write_json(self.folder / "config.json", self.config())
-        seen = []
-        for t in range(options.n_tasks):
-            task = benchmark.tasks[t]
-            seen.append({"valid": task.valid, "test": task.test})
-            if t >= self.position:
-                self.learn(t, task, seen)
-        self.progress.close()
+        try:
+            seen = []
+            for t in range(options.n_tasks):
+                task = benchmark.tasks[t]
+                seen.append({"valid": task.valid, "test": task.test})
+                if self.method.joint and t == options.n_tasks - 1 and t >= self.position:
+                    self.learn(t, join(benchmark.tasks, options.n_tasks), seen)
+                elif not self.method.joint and t >= self.position:
+                    self.learn(t, task, seen)
+        except Stopped:
+            self.save()
+            self.progress.say(f"stopped; the same command continues from {self.folder}")
+            raise
+        finally:
+            self.progress.close()
         return self.finish()
 
-    def learn(self, t: int, task, seen: list[dict[str, Split]]) -> None:
+    def learn(self, t: int, task: Task, seen: list[dict[str, Split]]) -> None:
         """Train on task t, let the method remember it, and test all tasks so far."""
         if self.task_progress is None:
             self.task_progress = start_task(self.options)
@@ -129,43 +111,69 @@ class Run:
             train_task(self.method, t, task, self.options, self.task_progress, self.epoch_done)
         began = time.perf_counter()
         self.method.after_task(t, task)
-        self.seconds["memory"] += time.perf_counter() - began
+        memory_seconds = time.perf_counter() - began
         began = time.perf_counter()
-        for part, matrix in self.accuracy.items():
-            matrix.append([self.test(j, splits[part]) for j, splits in enumerate(seen)])
-            matrix[-1] += [None] * (self.options.n_tasks - len(seen))
-        self.seconds["evaluate"] += time.perf_counter() - began
+        if self.options.batchnorm == "task":
+            learned = range(self.options.n_tasks) if self.method.joint else [t]
+            self.statistics[learned[0] :] = [self.training_statistics(j) for j in learned]
+        missing = [None] * (self.options.n_tasks - len(seen))
+        rows = {part: [self.test(j, splits[part]) for j, splits in enumerate(seen)] for part in self.accuracy}
+        evaluate_seconds = time.perf_counter() - began
         memory = self.method.memory
-        columns, sizes = (memory.columns, memory.input_sizes) if memory else ({}, {})
-        for key, k in columns.items():
-            self.columns.setdefault(key, []).append(k)
-        self.position, self.task_progress = t + 1, None
-        self.save()
-        self.progress.task(t, task.name, self.accuracy["test"], columns, sizes)
+        with deferred():
+            for part, row in rows.items():
+                unmeasured = [[None] * self.options.n_tasks] * (
+                    t - len(self.accuracy[part])
+                )  # of tasks learned jointly
+                self.accuracy[part] += [*unmeasured, row + missing]
+            for key, k in memory.columns.items() if memory else ():
+                self.columns.setdefault(key, []).append(k)
+            self.seconds["memory"] += memory_seconds
+            self.seconds["evaluate"] += evaluate_seconds
+            self.position, self.task_progress = t + 1, None
+            self.save()
+        sizes = memory.input_sizes if memory else {}
+        self.progress.task(t, task.name, self.accuracy["test"], memory.columns if memory else {}, sizes)
 
     def test(self, j: int, split: Split) -> float | None:
         """Accuracy on a split of task j, percent; None where the split is empty."""
         if not len(split.labels):
             return None
-        return evaluate(self.method.model, j, split, self.options.batch_size_test)[1]
+        model = self.method.model
+        fixed = batchnorm.fixed_statistics(model, self.statistics[j]) if self.statistics else nullcontext()
+        with fixed, self.method.testing(j):
+            return evaluate(model, j, split, self.options.batch_size_test)[1]
 
-    def epoch_done(self, epoch: Epoch, progress: TaskProgress) -> None:
+    def training_statistics(self, j: int) -> batchnorm.Statistics:
+        """BatchNorm's statistics over the training images of task j."""
+        model = self.method.model
+        batches = self.benchmark.tasks[j].train.images.split(self.options.batch_size_test)
+        return batchnorm.training_statistics(model, lambda images: model(images, j), batches)
+
+    def epoch_done(self, epoch: Epoch) -> None:
         """Record an epoch and, now and then, save."""
-        self.epochs.append(dataclasses.asdict(epoch))
+        record = dataclasses.asdict(epoch)
+        if self.method.memory and self.position:
+            record["leak"] = self.method.memory.leak(self.task_progress.start)
+        self.epochs.append(record)
         self.seconds["train"] += epoch.seconds
         self.progress.epoch(epoch)
-        if time.monotonic() - self.saved_at > CHECKPOINT_SECONDS:
+        if time.monotonic() - self.saved_at >= CHECKPOINT_SECONDS:
             self.save()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that another process needs to go on."""
+        """All that another process needs to go on: within a task, as of its last epoch boundary."""
+        progress = self.task_progress
+        boundary = progress is not None and progress.weights is not None
         return {
-            "config": self.config()["hyperparameters"],
-            "model": self.method.model.state_dict(),
-            "method": self.method.state_dict(),
-            "task_progress": self.task_progress.state_dict() if self.task_progress else None,
-            **{name: getattr(self, name) for name in ("position", "accuracy", "columns", "epochs", "seconds")},
+            "hyperparameters": results_options(self.options),
+            "model": progress.weights if boundary else self.method.model.state_dict(),
+            "method": progress.method if boundary else self.method.state_dict(),
+            "task_progress": progress.state_dict() if boundary else None,
+            **{name: getattr(self, name) for name in self.kept},
         }
+
+    kept = ("position", "accuracy", "columns", "statistics", "epochs", "seconds")
 
     def save(self) -> None:
         """Write the checkpoint and the epochs so far."""
@@ -178,11 +186,12 @@ class Run:
         state = load_checkpoint(self.folder)
         if state is None:
             return False
+        check_same_run(self.folder, state["hyperparameters"], results_options(self.options))
         self.method.model.load_state_dict(state["model"])
         self.method.load_state_dict(state["method"])
         if state["task_progress"] is not None:
             self.task_progress = TaskProgress.from_state_dict(state["task_progress"])
-        for name in ("position", "accuracy", "columns", "epochs", "seconds"):
+        for name in self.kept:
             setattr(self, name, state[name])
         return True
 
@@ -191,6 +200,7 @@ class Run:
         return {
             "benchmark": self.benchmark.name,
             "hyperparameters": dataclasses.asdict(self.options),
+            "model": describe_model(self.method.model),
             "data": {"kind": self.benchmark.data, "sources": self.benchmark.sources, "notes": self.benchmark.notes},
             "device": hardware.describe(self.device),
             "versions": hardware.versions(),
@@ -198,8 +208,8 @@ class Run:
         }
 
     def finish(self) -> dict[str, Any]:
-        """Write the summary, the matrix and the pictures; the checkpoint is no longer needed."""
-        accuracy, options = self.accuracy["test"], self.options
+        """Write the summary, the matrix and the pictures."""
+        accuracy, options, memory = self.accuracy["test"], self.options, self.method.memory
         config = self.config()
         summary = {
             "benchmark": self.benchmark.name,
@@ -214,7 +224,7 @@ class Run:
             "accuracy": accuracy,
             "valid_accuracy": self.accuracy["valid"],
             "memory_columns": self.columns,
-            "memory_input_sizes": self.method.memory.input_sizes if self.method.memory else {},
+            "memory_input_sizes": memory.input_sizes if memory else {},
             "memory_floats": self.method.memory_floats(),
             "epochs": [sum(epoch["task"] == t for epoch in self.epochs) for t in range(options.n_tasks)],
             "seconds": {"total": sum(self.seconds.values()), **self.seconds},
@@ -224,25 +234,25 @@ class Run:
             "commit": config["commit"],
             "finished": True,
         }
-        title = f"{self.benchmark.name} ({self.benchmark.data} data), {options.method}, seed {options.seed}"
         rows = [",".join("" if value is None else f"{value:.4f}" for value in row) for row in accuracy]
         write_text(self.folder / "accuracy.csv", "\n".join(rows) + "\n")
-        plots.save(plots.accuracy_heat_map(accuracy, title), self.folder / "accuracy.png")
+        plots.save(plots.accuracy_heat_map(accuracy, self.title), self.folder / "accuracy.png")
         if self.columns:
-            figure = plots.memory_growth(self.columns, summary["memory_input_sizes"], title)
+            figure = plots.memory_growth(self.columns, summary["memory_input_sizes"], self.title)
             plots.save(figure, self.folder / "memory.png")
         write_json(self.folder / "summary.json", summary)
-        remove_checkpoint(self.folder)
         print_result(summary, self.folder)
         return summary
 
 
 def print_result(summary: dict[str, Any], folder: Path) -> None:
     """The numbers of a finished run, in two lines."""
+    transfer = summary["backward_transfer"]
     print(
         f"{summary['benchmark']} ({summary['data']['kind']} data), {summary['method']}, seed {summary['seed']}: "
-        f"ACC {summary['average_accuracy']:.2f} %, BWT {summary['backward_transfer']:+.2f}, "
-        f"{summary['seconds']['total']:.0f} s"
+        f"ACC {summary['average_accuracy']:.2f} %, "
+        + ("" if transfer is None else f"BWT {transfer:+.2f}, ")
+        + f"{summary['seconds']['total']:.0f} s"
     )
     print(
         f"  {folder}/summary.json, accuracy.csv, accuracy.png" + (", memory.png" if summary["memory_columns"] else "")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gpm.errors import InputError
+from gpm.options import Options
 
 # Multiply-adds of one training step under which a second thread costs more than it brings.
 ONE_THREAD_WORK = 10**7
@@ -33,17 +34,20 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def tune_cpu(model: nn.Module, batch_size: int) -> None:
-    """Settings that make training on a CPU faster and change no number.
+def tune(device: torch.device, model: nn.Module, options: Options) -> None:
+    """Settings that make training faster and, TF32 (a flag) apart, leave its mathematics alone.
 
-    - A small fully connected network runs on one thread: handing its few operations to others takes longer.
+    - A small fully connected network runs on one CPU thread: handing its few operations to others takes longer.
+    - Convolutions run in channels-last layout on a CPU, which its kernels are fastest in.
     - Freed blocks stay with the process (glibc): by default each large activation is returned to the kernel and
       its pages are faulted in again at the next step.
-    - Convolutions run in channels-last layout, which the CPU kernels are fastest in.
     """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
+    if device.type != "cpu":
+        return
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         model.to(memory_format=torch.channels_last)
-    elif batch_size * sum(p.numel() for p in model.parameters()) < ONE_THREAD_WORK:
+    elif options.batch_size_train * sum(p.numel() for p in model.parameters()) < ONE_THREAD_WORK:
         torch.set_num_threads(1)
     if platform.libc_ver()[0] == "glibc":
         libc, mmap_threshold, trim_threshold = ctypes.CDLL(None), -3, -1

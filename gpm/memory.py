@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpm.errors import InputError
+from gpm.errors import DivergenceError, InputError
 from gpm.files import load_tensors, save_tensors
 from gpm.projection import LayerProjector, projected_gradients
 from gpm.representation import Representation, find_layers, representations
@@ -87,8 +87,9 @@ class GradientProjectionMemory:
             threshold: ε in (0, 1], one for all layers or one by layer name.
             samples: by layer name, how many samples of each batch become columns; all where unnamed.
         Raises:
-            ValueError: a threshold is out of range or the representation is not finite.
+            ValueError: a threshold is out of range.
             InputError: a protected layer did not run.
+            DivergenceError: a layer's inputs are infinite or NaN.
         """
         training_modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
@@ -102,6 +103,8 @@ class GradientProjectionMemory:
         for layer in self.layers.values():
             epsilon = threshold if isinstance(threshold, (int, float)) else threshold[layer.name]
             for key in layer.keys:
+                if not gathered[key].is_finite:
+                    raise DivergenceError(f"the inputs of layer {key} are infinite or NaN: the network has diverged")
                 extended[key] = _extend(self.bases[key], gathered[key], epsilon, rule)
         self.bases = extended
         self.n_updates += 1
@@ -159,6 +162,28 @@ class GradientProjectionMemory:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @torch.no_grad()
+    def leak(self, before: Mapping[str, Tensor]) -> dict[str, float | None]:
+        """‖ΔW M‖ / ‖ΔW‖ by key: the part of the weights' movement in protected directions; rounding, if all is well.
+
+        Args:
+            before: the model's state_dict from where the movement is measured.
+        Returns:
+            None where nothing moved, as in a full layer.
+        """
+        ratios = {}
+        for name, layer in self.layers.items():
+            moved = layer.module.weight - before[f"{name}.weight"]
+            rows = moved.flatten(1)  # (o, d)
+            if layer.module.bias is not None:
+                rows = torch.cat([rows, (layer.module.bias - before[f"{name}.bias"])[:, None]], dim=1)
+            for key, part in zip(layer.keys, rows.chunk(layer.groups), strict=True):
+                basis, length = self.bases[key], part.norm().item()
+                inside = (part @ basis.to(part.dtype)).norm().item()
+                full = basis.shape[1] == basis.shape[0]
+                ratios[key] = None if full or length == 0 else inside / length
+        return ratios
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs, tensors and plain numbers only."""

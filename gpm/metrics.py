@@ -16,21 +16,30 @@ def average_accuracy(accuracy: AccuracyMatrix) -> float:
     return sum(last) / len(last)
 
 
-def backward_transfer(accuracy: AccuracyMatrix) -> float:
+def backward_transfer(accuracy: AccuracyMatrix) -> float | None:
     """BWT: the mean change of each task's accuracy since it was learned, over T - 1 tasks (paper Eq. 11), points.
 
-    Negative means forgetting; 0.0 for a single task, which has nothing to forget.
+    Negative means forgetting; 0.0 for a single task, which has nothing to forget; None for tasks learned jointly.
     """
+    if learned_jointly(accuracy):
+        return None
     last, n_tasks = accuracy[-1], len(accuracy)
     changes = [last[j] - accuracy[j][j] for j in range(n_tasks - 1)]
     return sum(changes) / len(changes) if changes else 0.0
 
 
-def forgetting(accuracy: AccuracyMatrix) -> float:
+def forgetting(accuracy: AccuracyMatrix) -> float | None:
     """The mean drop of each task from its best (Chaudhry et al., ECCV 2018, Eq. 3), over T - 1 tasks, points.
 
-    0.0 for a single task.
+    0.0 for a single task; None for tasks learned jointly.
     """
+    if learned_jointly(accuracy):
+        return None
     n_tasks = len(accuracy)
     drops = [max(accuracy[i][j] for i in range(j, n_tasks - 1)) - accuracy[-1][j] for j in range(n_tasks - 1)]
     return sum(drops) / len(drops) if drops else 0.0
+
+
+def learned_jointly(accuracy: AccuracyMatrix) -> bool:
+    """Whether only the last row was measured, so that no task can have been forgotten since it was learned."""
+    return any(accuracy[j][j] is None for j in range(len(accuracy)))

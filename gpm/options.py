@@ -99,8 +99,26 @@ class Options:
         affects_results=False,
     )
     amp: str = flag("off", "bf16: forward and backward in bfloat16 (a different result)", choices=("off", "bf16"))
+    tf32: bool = flag(False, "let an NVIDIA GPU round the operands of products to 10 bits (a different result)")
+    batchnorm: str = flag(
+        "batch",
+        "what BatchNorm normalises by at test. batch: the test batch's own statistics, as published. task: those of "
+        "the task's whole training set, so that accuracy does not depend on the batch",
+        choices=("batch", "task"),
+    )
+    eval_train: bool = flag(False, "also measure accuracy on the training set after each epoch", affects_results=False)
     device: str = flag("auto", "cpu, cuda, cuda:1, …; auto is cuda where there is one", affects_results=False)
     output_dir: str = flag("runs", "folder that gets one folder for every run", affects_results=False)
+    run_folder: str | None = flag(
+        None,
+        "the run's own folder, instead of one below --output_dir named after what it runs",
+        affects_results=False,
+        type=str,
+    )
+    no_resume: bool = flag(False, "start afresh, forgetting what the run folder holds", affects_results=False)
+    tensorboard: bool = flag(
+        False, "also log to TensorBoard, in the run folder (pip install tensorboard)", affects_results=False
+    )
     quiet: bool = flag(False, "print the final numbers only", affects_results=False)
 
 
@@ -132,6 +150,11 @@ def check(options: Options) -> None:
 def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
     if not condition:
         raise InputError(f"{name} is {value}; it must be {wanted}")
+
+
+def results_options(options: Options) -> dict[str, Any]:
+    """The hyperparameters that decide a run's numbers, by name."""
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.metadata["affects_results"]}
 
 
 def variant(options: Options) -> str:

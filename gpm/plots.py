@@ -1,59 +1,274 @@
-"""Pictures of a run: the accuracy matrix and the growth of the memory."""
+"""Pictures of runs: accuracy matrix, accuracy over time, growth of the memory, methods beside each other.
+
+Every function returns a Matplotlib figure and leaves Matplotlib's global state alone; `save` writes it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib import colormaps
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from gpm.files import write_atomically
 from gpm.metrics import AccuracyMatrix
+from gpm.published import METHODS, Estimate
+
+# The eight colours of Okabe and Ito, which colour-blind readers tell apart, and two more; a method keeps its colour
+# and marker in every picture.
+STYLES = {
+    "gpm": ("#0072B2", "o"),
+    "naive": ("#D55E00", "s"),
+    "multitask": ("#000000", "*"),
+    "single": ("#777777", "P"),
+    "ewc": ("#E69F00", "^"),
+    "a_gem": ("#56B4E9", "v"),
+    "er": ("#009E73", "D"),
+    "owm": ("#CC79A7", "X"),
+    "hat": ("#8C6D1F", "<"),
+    "ogd": ("#44337A", ">"),
+}
+MARKERS = "os^DvPX<>*"
+TITLE, LABEL, TICK = 11, 10.5, 9.5  # font sizes, points
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG, whole or not at all."""
+    """Write a figure, whole or not at all, in the format that the file name ends with (png, pdf, svg)."""
     FigureCanvasAgg(figure)  # no window system, and no global state as with pyplot
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    kind = path.suffix.lstrip(".") or "png"
+    metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None} if kind == "png" else None
+    with rc_context({"pdf.fonttype": 42}):  # letters stay letters: searchable, and accepted by publishers
+        write_atomically(
+            path,
+            lambda file: figure.savefig(
+                file, format=kind, dpi=160, bbox_inches="tight", pad_inches=0.08, metadata=metadata
+            ),
+        )
 
 
 def accuracy_heat_map(accuracy: AccuracyMatrix, title: str) -> Figure:
     """Test accuracy on task j (columns) after learning task i (rows), percent, with the values in the cells."""
-    n_tasks = len(accuracy)
-    side = max(3.5, 0.55 * n_tasks + 1.2)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    values = _array(accuracy)
+    n_tasks = len(values)
+    cell = 0.52 if n_tasks <= 12 else 0.42  # inches
+    side = max(2.2, cell * n_tasks)
+    figure = Figure(figsize=(side + 1.9, side + 1.0), layout="constrained")
     axes = figure.add_subplot()
-    values = [[float("nan") if value is None else value for value in row] for row in accuracy]
     picture = axes.imshow(values, vmin=0, vmax=100, cmap="viridis")
-    for i, row in enumerate(accuracy):
-        for j, value in enumerate(row):
-            if value is not None:
-                color = "black" if value > 60 else "white"
-                axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=color, fontsize=8)
-    numbers = range(1, n_tasks + 1)
-    axes.set_xticks(range(n_tasks), numbers)
-    axes.set_yticks(range(n_tasks), numbers)
-    axes.set(xlabel="tested on task", ylabel="after learning task", title=title)
-    figure.colorbar(picture, ax=axes, label="test accuracy, %", shrink=0.8)
+    form, size = ("{:.1f}", 9 if n_tasks <= 12 else 8) if n_tasks <= 12 else ("{:.0f}", 9)
+    for i, j in np.argwhere(np.isfinite(values)):
+        color = "black" if values[i, j] > 60 else "white"
+        axes.text(j, i, form.format(values[i, j]), ha="center", va="center", color=color, fontsize=size)
+    _number_tasks(axes, n_tasks, "x", every=1)
+    _number_tasks(axes, n_tasks, "y", every=1)
+    axes.set_xlim(-0.5, n_tasks - 0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    _label(axes, "tested on task", "after learning task")
+    bar = figure.colorbar(picture, ax=axes, shrink=0.85, pad=0.02)
+    bar.set_label("test accuracy, %", fontsize=LABEL)
+    bar.ax.tick_params(labelsize=TICK)
+    _title(figure, title, side + 1.9)
     return figure
 
 
-def memory_growth(columns: Mapping[str, Sequence[int]], sizes: Mapping[str, int], title: str) -> Figure:
+def memory_growth(columns: Mapping[str, Sequence[float]], sizes: Mapping[str, int], title: str) -> Figure:
     """Basis columns over input size (k/d, percent) of each layer after each task."""
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    markers = "osD^v<>pX*"
-    for index, (key, counts) in enumerate(columns.items()):
-        percent = [100 * k / sizes[key] for k in counts]
-        # The colour runs along the depth of the network; markers tell neighbours apart without it.
-        color = colormaps["viridis"](0.9 * index / max(1, len(columns) - 1))
-        label = f"{key} (d = {sizes[key]})"
-        axes.plot(range(1, len(counts) + 1), percent, marker=markers[index % len(markers)], color=color, label=label)
     n_tasks = max(map(len, columns.values()))
-    axes.set_xticks(range(1, n_tasks + 1))
-    axes.set(xlabel="tasks learned", ylabel="memory, % of input dimensions", ylim=(0, 103), title=title)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=7 if len(columns) > 12 else 8)
+    width = 8.2 if len(columns) > 6 else 7.2
+    figure = Figure(figsize=(width, 4.4 if len(columns) <= 12 else 5.0), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (key, counts) in enumerate(columns.items()):
+        # The colour runs along the depth of the network; markers and dashes tell neighbours apart without it.
+        axes.plot(
+            range(len(counts)),
+            [100 * k / sizes[key] for k in counts],
+            color=colormaps["viridis"](0.88 * index / max(1, len(columns) - 1)),
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=4.5,
+            linestyle=("-", "--", ":")[index // len(MARKERS) % 3],
+            linewidth=1.6,
+            label=f"{key}  ({sizes[key]})",
+            clip_on=False,
+        )
+    _number_tasks(axes, n_tasks, "x")
+    axes.set_xlim(-0.3, max(n_tasks - 0.7, 0.3))
+    axes.set_ylim(0, 100)
+    _plain(axes)
+    _label(axes, "tasks learned", "memory, % of the layer's input dimensions")
+    legend = figure.legend(
+        loc="outside right center",
+        fontsize=9 if len(columns) <= 12 else 8,
+        frameon=False,
+        title="layer (input size)",
+        title_fontsize=9,
+        handlelength=2.6,
+        labelspacing=0.45,
+    )
+    legend.set_alignment("left")
+    _title(figure, title, width)
     return figure
+
+
+def accuracy_over_time(matrices: Mapping[str, Sequence[AccuracyMatrix]], title: str) -> Figure:
+    """Accuracy on task 1, and on average over the tasks learned so far, as tasks are added.
+
+    Args:
+        matrices: of each method, the accuracy matrices of its seeds.
+        title: what was run.
+    Returns:
+        two panels; lines are means over seeds, bands one standard deviation.
+    """
+    width = 9.6
+    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    n_tasks = max(len(matrix) for seeds in matrices.values() for matrix in seeds)
+    for index, (method, seeds) in enumerate(matrices.items()):
+        stack = np.stack([_array(matrix) for matrix in seeds])  # (seeds, tasks, tasks)
+        measured = np.isfinite(stack)
+        counts = measured.sum(2)
+        averages = np.where(measured, stack, 0).sum(2) / np.maximum(counts, 1)
+        averages = np.where(counts > 0, averages, np.nan)  # (seeds, tasks)
+        for axes, curves in zip(panels, (stack[:, :, 0], averages), strict=True):
+            _curve(axes, curves, method, index)
+    for axes, name in zip(panels, ("Task 1", "Average of the tasks so far"), strict=True):
+        axes.set_title(name, fontsize=LABEL)
+        _number_tasks(axes, n_tasks, "x")
+        axes.set_xlim(-0.3, max(n_tasks - 0.7, 0.3))
+        _plain(axes)
+        _label(axes, "tasks learned", "")
+    panels[0].set_ylabel("test accuracy, %", fontsize=LABEL)
+    panels[0].set_ylim(*_accuracy_limits(panels))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=TICK, frameon=False)
+    _title(figure, title, width)
+    return figure
+
+
+def method_bars(scores: Mapping[str, tuple[Estimate, Estimate | None]], title: str) -> Figure:
+    """ACC and BWT of each method, error bars one standard deviation over seeds.
+
+    Args:
+        scores: of each method, (ACC, BWT); BWT None where it has no meaning.
+        title: what was run.
+    """
+    width = max(6.4, 2.4 + 1.3 * len(scores))
+    figure = Figure(figsize=(width, 4.0), layout="constrained")
+    panels = figure.subplots(1, 2)
+    names = [METHODS.get(method, method) for method in scores]
+    for part, (axes, heading) in enumerate(zip(panels, ("ACC, %", "BWT, points"), strict=True)):
+        estimates = [pair[part] for pair in scores.values()]
+        means = [0.0 if e is None else e.mean for e in estimates]
+        errors = [0.0 if e is None else e.std or 0.0 for e in estimates]
+        lowest = min(0.0, *(m - e for m, e in zip(means, errors, strict=True)))
+        highest = max(0.0, *(m + e for m, e in zip(means, errors, strict=True)))
+        room = 0.14 * max(highest - lowest, 1.0)  # for the numbers at the bars' ends
+        for x, (method, estimate) in enumerate(zip(scores, estimates, strict=True)):
+            if estimate is None:
+                axes.text(x, 0.1 * room, "–", ha="center", va="bottom", fontsize=TICK)
+                continue
+            color = _style(method, x)[0]
+            axes.bar(x, estimate.mean, width=0.66, color=color, zorder=2)
+            if estimate.std:
+                axes.errorbar(x, estimate.mean, estimate.std, color="#444444", capsize=4, linewidth=1.3, zorder=3)
+            down = estimate.mean < 0
+            tip = estimate.mean + (-1 if down else 1) * ((estimate.std or 0.0) + 0.12 * room)
+            text = f"{estimate.mean:.1f}" if part == 0 else f"{estimate.mean:+.1f}"
+            axes.text(x, tip, text, ha="center", va="top" if down else "bottom", fontsize=TICK)
+        axes.axhline(0, color="black", linewidth=0.8, zorder=4)
+        axes.set_xlim(-0.6, len(names) - 0.4)
+        axes.set_ylim(lowest - room * (lowest < 0), highest + room * (highest > 0 or lowest == 0))
+        turned = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(names) > 4 else {}
+        axes.set_xticks(range(len(names)), names, **turned)
+        _plain(axes)
+        axes.grid(axis="x", visible=False)
+        _label(axes, "", heading)
+    _title(figure, title, width)
+    return figure
+
+
+def mean_matrix(matrices: Sequence[AccuracyMatrix]) -> list[list[float | None]]:
+    """The mean over seeds of accuracy matrices of one shape; None where a seed has no value."""
+    mean = np.stack([_array(matrix) for matrix in matrices]).mean(0)
+    return [[float(value) if np.isfinite(value) else None for value in row] for row in mean]
+
+
+def mean_columns(runs: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, list[float]]:
+    """The mean over seeds of the basis columns per layer after each task."""
+    return {key: np.mean([run[key] for run in runs], 0).tolist() for key in runs[0]}
+
+
+def _array(accuracy: AccuracyMatrix) -> np.ndarray:
+    """(tasks, tasks), NaN where nothing was measured; a short or missing row is filled up."""
+    n_tasks = max(len(accuracy), *(len(row) for row in accuracy))
+    values = np.full((n_tasks, n_tasks), np.nan)
+    for i, row in enumerate(accuracy):
+        # One row alone is that after the last task: of joint training, say.
+        place = n_tasks - 1 if len(accuracy) == 1 else i
+        values[place, : len(row)] = [np.nan if value is None else value for value in row]
+    return values
+
+
+def _curve(axes: Axes, curves: np.ndarray, method: str, index: int) -> None:
+    """One method's mean over seeds and its band; curves is (seeds, tasks)."""
+    color, marker = _style(method, index)
+    mean = curves.mean(0)
+    x = np.arange(len(mean))
+    line = {"color": color, "label": METHODS.get(method, method), "linewidth": 1.8, "zorder": 3}
+    if np.isfinite(mean).sum() == 1:  # measured once, after all tasks: a level to compare with
+        axes.axhline(mean[np.isfinite(mean)][0], linestyle="--", **line)
+        return
+    axes.plot(x, mean, marker=marker, markersize=5.5, **line)
+    if len(curves) > 1:
+        std = curves.std(0, ddof=1)
+        axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.18, linewidth=0)
+
+
+def _style(method: str, index: int) -> tuple[str, str]:
+    fallback = list(STYLES.values())[index % len(STYLES)]
+    return STYLES.get(method, fallback)
+
+
+def _accuracy_limits(panels: Sequence[Axes]) -> tuple[float, float]:
+    """From a round number under the lowest value to one above the highest."""
+    lowest, highest = panels[0].dataLim.y0, panels[0].dataLim.y1
+    lowest, highest = min(lowest, panels[1].dataLim.y0), max(highest, panels[1].dataLim.y1)
+    return max(0.0, 10 * np.floor((lowest - 2) / 10)), min(100.0, 10 * np.ceil((highest + 2) / 10))
+
+
+def _number_tasks(axes: Axes, n_tasks: int, which: str, every: int | None = None) -> None:
+    """Ticks at the tasks, which count from 1 in print; every second one where there are many."""
+    every = every or (1 if n_tasks <= 12 else 2)
+    ticks = range(0, n_tasks, every) if every == 1 else range(every - 1, n_tasks, every)
+    (axes.set_xticks if which == "x" else axes.set_yticks)(list(ticks), [t + 1 for t in ticks])
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x, fontsize=LABEL)
+    axes.set_ylabel(y, fontsize=LABEL)
+    axes.tick_params(labelsize=TICK)
+
+
+def _title(figure: Figure, title: str, width: float) -> None:
+    """The title over the whole figure, broken into lines that fit its width in inches."""
+    most = max(20, int(width * 13))  # letters of this size per inch, about
+    lines = []
+    for paragraph in title.split("\n"):
+        line = ""
+        for word in paragraph.replace(",", ", ").replace(",  ", ", ").split(" "):
+            if line and len(line) + 1 + len(word) > most:
+                lines.append(line)
+                line = word
+            else:
+                line = f"{line} {word}".strip()
+        lines.append(line)
+    figure.suptitle("\n".join(lines), fontsize=TITLE)

@@ -180,14 +180,21 @@ def projected_gradients(
         bases: (d, k) for each key of each layer.
     """
     projectors = {name: LayerProjector(layer, [bases[key] for key in layer.keys]) for name, layer in layers.items()}
-    busy = {name: project for name, project in projectors.items() if not project.is_idle}
-    for name, project in busy.items():
-        module = layers[name].module
-        if "forward" in vars(module):
-            raise RuntimeError(f"the forward of layer {name} is replaced already: two protections cannot nest")
-        module.forward = partial(_projected_forward, module, project)
-    try:
+    with projecting(layers, projectors):
         yield projectors
+
+
+@contextmanager
+def projecting(layers: Mapping[str, Layer], projectors: Mapping[str, LayerProjector]) -> Iterator[None]:
+    """Within this context, the layers' parameter gradients go through projectors of any kind, by layer name."""
+    busy = {name: project for name, project in projectors.items() if not project.is_idle}
+    for name in busy:  # all before any is replaced, so that a refusal leaves nothing behind
+        if "forward" in vars(layers[name].module):
+            raise RuntimeError(f"the forward of layer {name} is replaced already: two protections cannot nest")
+    for name, project in busy.items():
+        layers[name].module.forward = partial(_projected_forward, layers[name].module, project)
+    try:
+        yield
     finally:
         for name in busy:
             del layers[name].module.forward

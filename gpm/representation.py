@@ -108,6 +108,11 @@ class Representation:
         self.columns: Tensor | None = None
         self.gram: Tensor | None = None
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all columns added so far are."""
+        return bool((self.columns if self.gram is None else self.gram).isfinite().all())
+
     def add(self, columns: Tensor) -> None:
         """Append columns (d, m)."""
         self.n += columns.shape[1]

@@ -20,6 +20,11 @@ class Split(NamedTuple):
         """The same split on `device`."""
         return Split(self.images.to(device), self.labels.to(device))
 
+    def of_task(self, j: int) -> Split:
+        """Of joined tasks (see `join`), the part of task j, with plain labels."""
+        chosen = self.labels[:, 1] == j
+        return Split(self.images[chosen], self.labels[chosen, 0])
+
 
 @dataclass(frozen=True)
 class Task:
@@ -50,6 +55,32 @@ class LazyTasks(Sequence[Task]):
         if not 0 <= t < self._n_tasks:
             raise IndexError(f"task {t} of {self._n_tasks}")
         return self._build(t)
+
+
+def join(tasks: Sequence[Task], n_tasks: int) -> Task:
+    """The first tasks as one; its labels are (n, 2): the label within its task, and the task.
+
+    Built task by task, so that besides the joined images only one task takes up memory.
+    """
+    sizes = [
+        {part: len(getattr(task, part).labels) for part in PARTS} for task in map(tasks.__getitem__, range(n_tasks))
+    ]
+    joined: dict[str, Split] = {}
+    for t in range(n_tasks):
+        task = tasks[t]
+        for part in PARTS:
+            images, labels = getattr(task, part)
+            if t == 0:
+                n = sum(size[part] for size in sizes)
+                joined[part] = Split(images.new_empty(n, *images.shape[1:]), labels.new_empty(n, 2))
+            start = sum(size[part] for size in sizes[:t])
+            rows = slice(start, start + len(labels))
+            joined[part].images[rows] = images
+            joined[part].labels[rows] = torch.stack([labels, torch.full_like(labels, t)], dim=1)
+    return Task("all tasks", task.n_classes, **joined)
+
+
+PARTS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)

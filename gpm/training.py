@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gpm.errors import DivergenceError
+from gpm.interrupts import deferred
 from gpm.methods.base import Method
 from gpm.options import Options
 from gpm.seeds import derived_seed, generator
-from gpm.steps import batches, make_steps
+from gpm.steps import EagerSteps, batches, make_steps
 from gpm.task import Split, Task
 
 State = dict[str, Any]
@@ -61,21 +66,36 @@ class Plateau:
 
 @dataclass
 class TaskProgress:
-    """How far a task has been learned: with the weights, all that is needed to go on at an epoch boundary."""
+    """How far a task has been learned, at the last epoch boundary: all that is needed to go on from there.
+
+    Attributes:
+        schedule: the learning rate to come.
+        epoch: epochs done.
+        start, weights, best: the model's state when the task began, at the boundary, and at the best validation loss.
+        optimizer, method: their states at the boundary.
+    """
 
     schedule: Plateau
     epoch: int = 0
-    best_weights: dict[str, Tensor] | None = None
+    start: dict[str, Tensor] | None = None
+    weights: dict[str, Tensor] | None = None
+    best: dict[str, Tensor] | None = None
     optimizer: State | None = None
+    method: State | None = None
 
     def state_dict(self) -> State:
         """Plain values and tensors only."""
-        return vars(self) | {"schedule": vars(self.schedule)}
+        return vars(self) | {"schedule": asdict(self.schedule)}
 
     @classmethod
     def from_state_dict(cls, state: State) -> TaskProgress:
         """The progress that `state_dict` described."""
         return cls(**state | {"schedule": Plateau(**state["schedule"])})
+
+    def arrive(self, method: Method, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the state at an epoch boundary."""
+        self.weights = {name: value.clone() for name, value in method.model.state_dict().items()}
+        self.optimizer, self.method = copy.deepcopy(optimizer.state_dict()), method.state_dict()
 
 
 @dataclass(frozen=True)
@@ -86,6 +106,7 @@ class Epoch:
     epoch: int
     lr: float
     train_loss: float
+    train_accuracy: float | None
     valid_loss: float | None
     valid_accuracy: float | None
     seconds: float
@@ -102,7 +123,7 @@ def train_task(
     task: Task,
     options: Options,
     progress: TaskProgress,
-    on_epoch: Callable[[Epoch, TaskProgress], None],
+    on_epoch: Callable[[Epoch], None],
 ) -> None:
     """Learn task t; with the plateau schedule the weights of the best validation loss are left in the model.
 
@@ -110,38 +131,104 @@ def train_task(
         method: says how; it holds the model.
         task: its tensors, on the model's device.
         options: n_epochs, batch sizes, learning rate and schedule.
-        progress: from `start_task`, or where an interrupted run left off.
-        on_epoch: called at every epoch boundary with the epoch's numbers and the progress.
+        progress: from `start_task`, or where an interrupted run left off; kept up to date at every epoch boundary.
+        on_epoch: called at every epoch boundary with the epoch's numbers.
+    Raises:
+        DivergenceError: a loss is infinite or NaN; `progress` is that of the boundary before.
     """
     model, schedule = method.model, progress.schedule
-    parameters = trainable_parameters(model, t)
-    optimizer = torch.optim.SGD(parameters, lr=schedule.lr, momentum=options.momentum)
+    optimizer = torch.optim.SGD(method.parameters(t), lr=schedule.lr, momentum=options.momentum)
     if progress.optimizer is not None:
         optimizer.load_state_dict(progress.optimizer)
+    else:
+        progress.arrive(method, optimizer)
+        progress.start = progress.weights
     steps = make_steps(method, optimizer, t, task, options)
     plateau = options.schedule == "plateau"
     while progress.epoch < options.n_epochs and not (plateau and schedule.finished):
-        began, lr = time.perf_counter(), schedule.lr
-        # Every epoch's random choices follow from its place alone, so a resumed run makes the same ones.
-        torch.manual_seed(derived_seed(options.seed, "train", t, progress.epoch))
-        order = torch.randperm(len(task.train.labels), generator=generator(options.seed, "order", t, progress.epoch))
+        began, lr, epoch = time.perf_counter(), schedule.lr, progress.epoch
+        order = seeded_order(method, t, epoch, task.train.labels)
         train_loss = steps.epoch(order, lr)
-        valid_loss, valid_accuracy = (
-            evaluate(model, t, task.valid, options.batch_size_test) if len(task.valid.labels) else (None, None)
-        )
-        if plateau and schedule.step(valid_loss):
-            progress.best_weights = {name: value.clone() for name, value in model.state_dict().items()}
-        progress.epoch += 1
-        progress.optimizer = optimizer.state_dict()
-        seconds = time.perf_counter() - began
-        on_epoch(Epoch(t, progress.epoch, lr, train_loss, valid_loss, valid_accuracy, seconds), progress)
-    if progress.best_weights is not None:
-        model.load_state_dict(progress.best_weights)
+        measure = partial(evaluate, model, t, batch_size=options.batch_size_test)
+        valid_loss, valid_accuracy = measure(task.valid) if len(task.valid.labels) else (None, None)
+        train_accuracy = measure(task.train)[1] if options.eval_train else None
+        if not math.isfinite(train_loss + (valid_loss or 0)):
+            raise DivergenceError(find_divergence(method, optimizer, t, task, options, progress))
+        with deferred():
+            progress.arrive(method, optimizer)
+            if plateau and schedule.step(valid_loss):
+                progress.best = progress.weights
+            progress.epoch += 1
+            seconds = time.perf_counter() - began
+            on_epoch(Epoch(t, epoch + 1, lr, train_loss, train_accuracy, valid_loss, valid_accuracy, seconds))
+    if progress.best is not None:
+        model.load_state_dict(progress.best)
+
+
+def seeded_order(method: Method, t: int, epoch: int, labels: Tensor) -> Tensor:
+    """Seed an epoch's random choices by its place alone, so that a resumed run makes the same; returns its order."""
+    seed = method.options.seed
+    torch.manual_seed(derived_seed(seed, "train", t, epoch))
+    return method.order(labels, generator(seed, "order", t, epoch))
+
+
+def find_divergence(
+    method: Method, optimizer: torch.optim.Optimizer, t: int, task: Task, options: Options, progress: TaskProgress
+) -> str:
+    """Replay the epoch after `progress` one step at a time; says where the numbers stopped being finite.
+
+    Training itself watches only the epoch's mean loss, so that no step waits for the device.
+    """
+    model, lr = method.model, progress.schedule.lr
+    model.load_state_dict(progress.weights)
+    optimizer.load_state_dict(progress.optimizer)
+    method.load_state_dict(progress.method)
+    steps = EagerSteps(method, optimizer, t, task.train, options)
+    first: list[str] = []  # what went first, of the values that a step makes
+    count = 0
+
+    def watch(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        if not first and isinstance(output, Tensor) and not output.isfinite().all():
+            first.append(f"the outputs of layer {name}")
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        nonlocal count
+        if first:
+            return torch.zeros((), device=images.device)
+        count += 1
+        loss = steps.step(images, labels)
+        if not first:
+            first.extend(f"weights {name}" for name, p in model.named_parameters() if not p.isfinite().all())
+        if not first and not loss.isfinite():
+            first.append("the loss")
+        return loss
+
+    handles = [
+        module.register_forward_hook(partial(watch, name))
+        for name, module in model.named_modules()
+        if not list(module.children())
+    ]
+    try:
+        steps.walk(seeded_order(method, t, progress.epoch, task.train.labels), step)
+    finally:
+        for handle in handles:
+            handle.remove()
+    where = f"step {count}, {first[0]} went first" if first else "though not when taken one step at a time"
+    place = f"task {t + 1}, epoch {progress.epoch + 1}, {where}"
+    return f"the loss is no longer finite: {place}; lr was {lr:g}: try a lower one"
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, t: int, split: Split, batch_size: int) -> tuple[float, float]:
-    """Mean loss and accuracy (percent) on a split of task t, in eval mode and in the split's own order."""
+    """Mean loss and accuracy (percent) on a split of task t, in eval mode and in the split's own order.
+
+    A split of joined tasks (gpm.task.join) is measured task by task.
+    """
+    if split.labels.ndim == 2:
+        parts = [(j, split.of_task(j)) for j in split.labels[:, 1].unique().tolist()]
+        results = [(len(part.labels), *evaluate(model, j, part, batch_size)) for j, part in parts]
+        n = len(split.labels)
+        return sum(m * loss for m, loss, _ in results) / n, sum(m * accuracy for m, _, accuracy in results) / n
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=split.labels.device)
     correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
@@ -152,12 +239,3 @@ def evaluate(model: nn.Module, t: int, split: Split, batch_size: int) -> tuple[f
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
     return loss.item() / n, 100 * correct.item() / n
-
-
-def trainable_parameters(model: nn.Module, t: int) -> list[nn.Parameter]:
-    """What task t trains: all shared parameters that are not frozen, and of `model.heads`, if any, only head t."""
-    return [
-        p
-        for name, p in model.named_parameters()
-        if p.requires_grad and (not name.startswith("heads.") or name.startswith(f"heads.{t}."))
-    ]

@@ -17,6 +17,7 @@ class MLP(nn.Module):
 
     def __init__(self, n_inputs: int = 784, n_hidden: int = 100, n_outputs: int = 10) -> None:
         super().__init__()
+        self.arguments = dict(n_inputs=n_inputs, n_hidden=n_hidden, n_outputs=n_outputs)  # for gpm.load_run
         self.fc1 = nn.Linear(n_inputs, n_hidden, bias=False)
         self.fc2 = nn.Linear(n_hidden, n_hidden, bias=False)
         self.fc3 = nn.Linear(n_hidden, n_outputs, bias=False)

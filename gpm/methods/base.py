@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +30,7 @@ class Method:
     name: ClassVar[str]
     memory: GradientProjectionMemory | None = None
     projectors: Mapping[str, LayerProjector] = MappingProxyType({})  # by layer name, while learning
+    joint: ClassVar[bool] = False  # learns all tasks at once, joined into one (gpm.task.join), instead of in turn
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model, self.options = model, options
@@ -41,8 +43,21 @@ class Method:
 
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
-        """Surrounds the training of task t."""
+        """Surrounds the training of task t; entered anew when a run is continued within a task."""
         yield
+
+    @contextmanager
+    def testing(self, t: int) -> Iterator[None]:
+        """Surrounds the testing of task t, between tasks."""
+        yield
+
+    def parameters(self, t: int) -> list[nn.Parameter]:
+        """What training on task t moves; asked for inside `learning`."""
+        return trainable_parameters(self.model, [t])
+
+    def order(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """The order of an epoch's images; each batch takes the next `options.batch_size_train` of them."""
+        return torch.randperm(len(labels), generator=generator)
 
     def loss(self, images: Tensor, labels: Tensor, t: int) -> Tensor:
         """The loss of a batch, to be minimised."""
@@ -62,8 +77,18 @@ class Method:
         return 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What the method must save to go on: tensors and plain values only."""
+        """What the method must save to go on: tensors and plain values only, none of which is changed in place."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
+
+
+def trainable_parameters(model: nn.Module, heads: Collection[int]) -> list[nn.Parameter]:
+    """All shared parameters that are not frozen and, of `model.heads`, if any, those of some tasks."""
+    prefixes = tuple(f"heads.{t}." for t in heads)
+    return [
+        p
+        for name, p in model.named_parameters()
+        if p.requires_grad and (not name.startswith("heads.") or name.startswith(prefixes))
+    ]

@@ -1,0 +1,69 @@
+"""Each task's BatchNorm statistics over its whole training set, so that test accuracy does not depend on the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Statistics = dict[str, tuple[Tensor, Tensor]]  # by module name: mean and variance (channels,)
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's BatchNorm modules by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+
+
+@torch.no_grad()
+def training_statistics(model: nn.Module, forward: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> Statistics:
+    """Mean and variance of each BatchNorm's inputs over many batches, each normalised by its own statistics.
+
+    Args:
+        model: put into eval mode, as at test: without dropout.
+        forward: runs the model on one batch.
+        batches: the training images.
+    """
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    counts: dict[str, int] = {}
+
+    def listen(name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        values = args[0].double().transpose(0, 1).flatten(1)  # (channels, batch · positions)
+        first, second = sums.get(name, (0.0, 0.0))
+        sums[name] = (first + values.sum(1), second + values.square().sum(1))
+        counts[name] = counts.get(name, 0) + values.shape[1]
+
+    model.eval()
+    handles = [module.register_forward_pre_hook(partial(listen, name)) for name, module in batch_norms(model).items()]
+    try:
+        for batch in batches:
+            forward(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    statistics = {}
+    for name, (first, second) in sums.items():
+        mean = first / counts[name]
+        statistics[name] = (mean.float(), (second / counts[name] - mean.square()).clamp(min=0).float())
+    return statistics
+
+
+@contextmanager
+def fixed_statistics(model: nn.Module, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Within this context BatchNorm normalises by the given statistics instead of the batch's."""
+    modules = batch_norms(model)
+
+    def normalise(module: nn.Module, mean: Tensor, variance: Tensor, inputs: Tensor) -> Tensor:
+        mean, variance = mean.to(inputs), variance.to(inputs)
+        return F.batch_norm(inputs, mean, variance, module.weight, module.bias, training=False, eps=module.eps)
+
+    for name, (mean, variance) in statistics.items():
+        modules[name].forward = partial(normalise, modules[name], mean, variance)
+    try:
+        yield
+    finally:
+        for name in statistics:
+            del modules[name].forward

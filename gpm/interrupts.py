@@ -1,0 +1,50 @@
+"""SIGTERM and SIGINT as an exception that waits while the state of a run is between two complete ones."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gpm.errors import Stopped
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_depth = 0  # nested `deferred` blocks
+_received: int | None = None
+
+
+def _stop(signal_number: int, _frame: object) -> None:
+    global _received
+    if _depth:
+        _received = signal_number
+    else:
+        raise Stopped(signal_number)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within this context the signals raise Stopped in the main thread, at once or at the end of a deferred block."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
+        yield
+        return
+    previous = {number: signal.signal(number, _stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Within this context a signal waits: what is inside happens completely."""
+    global _depth, _received
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+    if not _depth and _received is not None:
+        number, _received = _received, None
+        raise Stopped(number)

@@ -1,0 +1,143 @@
+"""A run's folder: its name, who holds it, and what can be read back from it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+from torch import nn
+
+from gpm.checkpoint import load_checkpoint
+from gpm.errors import InputError
+from gpm.memory import GradientProjectionMemory
+from gpm.options import Options, variant
+
+LOCK, HOLDER = ".lock", ".holder"
+
+
+def run_folder(options: Options, benchmark: str, data: str) -> Path:
+    """The folder named explicitly, or runs/DATA/BENCHMARK/METHOD/VARIANT/seed-N."""
+    if options.run_folder is not None:
+        return Path(options.run_folder)
+    return Path(options.output_dir, data, benchmark, options.method, variant(options), f"seed-{options.seed}")
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep other processes from running in the same folder.
+
+    Raises:
+        InputError: one does already, or the folder cannot be written to.
+    """
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        (folder / HOLDER).write_text(f"process {os.getpid()} on {platform.node()}")
+    except filelock.Timeout as error:
+        holder = (folder / HOLDER).read_text() if (folder / HOLDER).exists() else "another process"
+        raise InputError(f"{holder} is at work in {folder}; wait for it or choose another folder") from error
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another --output_dir") from error
+    try:
+        yield
+    finally:
+        (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of a finished run; None where there is none or it cannot be read."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return summary if isinstance(summary, dict) and summary.get("finished") else None
+
+
+def check_same_run(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise InputError, naming the differences, where a folder holds a run with other hyperparameters.
+
+    Args:
+        folder: for the message.
+        found, wanted: hyperparameters that affect results, by name.
+    """
+    different = [
+        f"{name} {found.get(name)} there, {wanted.get(name)} here"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if different:
+        raise InputError(f"{folder} holds a run with other hyperparameters ({'; '.join(different)}); choose another")
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What a run left behind, for inference and analysis.
+
+    Attributes:
+        model: with the weights of its end (or last checkpoint), in eval mode, on the CPU.
+        memory: the model's bases; None for methods without.
+        config: the content of config.json.
+        summary: the content of summary.json; None while the run is unfinished.
+    """
+
+    model: nn.Module
+    memory: GradientProjectionMemory | None
+    config: dict[str, Any]
+    summary: dict[str, Any] | None
+
+
+def load_run(folder: str | Path, model: nn.Module | None = None) -> LoadedRun:
+    """Read a run folder.
+
+    Args:
+        folder: with config.json and a checkpoint.
+        model: of the run's architecture; needed only where its class cannot be imported or does not say in
+            `arguments` what it was made with.
+    Raises:
+        InputError: a file is missing or damaged, or the model cannot be made.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {folder / 'config.json'}: {error}") from error
+    state = load_checkpoint(folder)
+    if state is None:
+        raise InputError(f"{folder} has no checkpoint that can be read, so its weights are not there")
+    model = make_model(config["model"]) if model is None else model
+    model.load_state_dict(state["model"])
+    memory = None
+    if "bases" in state["method"]:
+        memory = GradientProjectionMemory(model, ["heads"] if hasattr(model, "heads") else [])
+        memory.load_state_dict(state["method"])
+    return LoadedRun(model.eval(), memory, config, read_summary(folder))
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """What `make_model` needs to build the model again."""
+    return {
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "arguments": getattr(model, "arguments", None),
+    }
+
+
+def make_model(description: dict[str, Any]) -> nn.Module:
+    """A model from its class and constructor arguments."""
+    module, _, name = description["class"].rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module), name)(**description["arguments"])
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"cannot build {description['class']} ({error}); give load_run the model") from error
+    if not isinstance(made, nn.Module):
+        raise InputError(f"{description['class']} is not a model")
+    return made

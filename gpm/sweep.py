@@ -1,0 +1,374 @@
+"""Many runs from one command: methods x benchmarks x seeds, several at a time, continued when repeated.
+
+bash run_experiments.sh                                   # everything on embedded data: minutes, no download
+bash run_experiments.sh paper                             # the paper's protocol on the real data
+bash run_experiments.sh paper --seeds 1 2 3 4 5 --only cifar100 pmnist --jobs 2
+bash run_experiments.sh paper --table 1 --jobs 4          # every method of the paper's Table 1, seeds 1 to 5
+bash run_experiments.sh paper --n_epochs 20 --device cpu  # flags not listed below go to every script
+
+A run that is finished is not run again; one that was stopped goes on from its checkpoint. What each run prints is kept
+in OUTPUT_DIR/logs. Ctrl-C stops all runs. Real data are downloaded into data/, unless they are there already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from gpm import report
+from gpm.cli import Parser
+from gpm.errors import InputError
+from gpm.methods import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent  # where the scripts are
+
+# What `run_experiments.sh` alone runs: sizes at which GPM stands out within minutes on two CPU cores. Longest first.
+EMBEDDED = {
+    "five_datasets": "--n_train 40 --n_epochs 5",
+    "cifar100": "--n_tasks 5 --n_epochs 5",
+    "cifar100_superclass": "--n_tasks 6 --n_epochs 10",
+    "pmnist": "--n_tasks 5 --n_epochs 5",
+}
+EMBEDDED_METHODS = ("gpm", "naive")
+
+# What `run_experiments.sh paper` runs, with every script's own defaults: the paper's.
+PAPER = dict.fromkeys(("pmnist", "cifar100", "cifar100_superclass", "five_datasets"), ("gpm",))
+# `--table N`: the paper's tables, as far as the methods are written. HAT needs a head for each task; OGD stores
+# a gradient for each image and head, which only permuted MNIST's small network allows.
+TABLES = {
+    1: {
+        "cifar100": ("multitask", "owm", "ewc", "hat", "a_gem", "er", "gpm"),
+        "five_datasets": ("multitask", "ewc", "hat", "a_gem", "er", "gpm"),
+        "pmnist": ("multitask", "ogd", "owm", "ewc", "a_gem", "er", "gpm"),
+    },
+    2: {"cifar100_superclass": ("single", "gpm")},
+}
+TABLE_SEEDS = (1, 2, 3, 4, 5)
+
+# What the scripts print, where it is not a terminal.
+EPOCH = re.compile(r"task (\d+)/(\d+) epoch (\d+)/(\d+): (.*)")
+FOLDER = re.compile(r"^\s*(\S.*)/summary\.json", re.MULTILINE)
+POLL_SECONDS = 0.3
+STOP_SECONDS = 30  # a stopped run may take this long to save its state
+
+
+class Job(NamedTuple):
+    """One run to make."""
+
+    name: str  # for people: benchmark method seed
+    command: tuple[str, ...]
+    log: Path
+
+
+@dataclass
+class Running:
+    """A job at work, and what its log has said so far."""
+
+    job: Job
+    process: subprocess.Popen
+    bar: tqdm
+    position: int  # of the bar on the screen
+    started: float = field(default_factory=time.monotonic)
+    read: int = 0
+    rest: str = ""
+
+    def news(self) -> list[str]:
+        """The whole lines that its log has gained."""
+        with self.job.log.open(errors="replace") as file:
+            file.seek(self.read)
+            text = file.read()
+            self.read = file.tell()
+        *lines, self.rest = (self.rest + text).split("\n")
+        return lines
+
+
+@dataclass
+class Outcome:
+    """What became of the jobs."""
+
+    folders: list[Path] = field(default_factory=list)  # of the finished runs
+    failed: list[Job] = field(default_factory=list)
+
+
+# ---- what to run
+
+
+def make_jobs(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Job]:
+    """The jobs that a command line asks for, in the order to start them.
+
+    Raises:
+        InputError: nothing is left to run.
+    """
+    embedded = args.what == "embedded"
+    if embedded:
+        plan = dict.fromkeys(EMBEDDED, EMBEDDED_METHODS)
+    else:
+        plan = TABLES[args.table] if args.table else PAPER
+    if args.only:
+        # A benchmark outside the chosen table is run with what is always run.
+        plan = {name: plan.get(name, PAPER[name]) for name in args.only}
+    if args.methods:
+        plan = dict.fromkeys(plan, tuple(args.methods))
+    missing = sorted({method for methods in plan.values() for method in methods} - set(METHODS))
+    if missing:
+        print(f"left out, not written yet: {', '.join(missing)}")
+    seeds = args.seeds or (TABLE_SEEDS if args.table else (None,))  # None: the script's own
+    jobs = []
+    for seed in seeds:
+        for benchmark, methods in plan.items():
+            for method in (m for m in methods if m in METHODS):
+                flags = ["--data", "embedded", *shlex.split(EMBEDDED[benchmark])] if embedded else []
+                flags += ["--method", method, "--output_dir", str(args.output_dir), *passed_on]
+                flags += [] if seed is None else ["--seed", str(seed)]
+                jobs.append(make_job(benchmark, method, seed, flags, args.output_dir))
+    if not jobs:
+        raise InputError("nothing to run: none of the methods asked for is there")
+    return jobs
+
+
+def make_job(benchmark: str, method: str, seed: int | None, flags: Sequence[str], output_dir: Path) -> Job:
+    """One script's run; its log is named by all that decides the command."""
+    command = (sys.executable, "-u", str(ROOT / f"main_{benchmark}.py"), *flags)
+    digest = hashlib.sha256(shlex.join(flags).encode()).hexdigest()[:8]
+    seed_name = "" if seed is None else f" seed {seed}"
+    name = f"{benchmark} {method}{seed_name}"
+    return Job(name, command, output_dir / "logs" / f"{name.replace(' ', '-')}-{digest}.log")
+
+
+def finished_folder(job: Job) -> Path | None:
+    """The folder of a job that an earlier sweep has finished, as its log says; None if it has to be (re)started."""
+    try:
+        folders = FOLDER.findall(job.log.read_text(errors="replace"))
+    except OSError:
+        return None
+    if folders and isinstance(report.read_run(Path(folders[-1], "summary.json")), report.Run):
+        return Path(folders[-1])
+    return None
+
+
+# ---- running
+
+
+def run_jobs(jobs: Sequence[Job], n_at_once: int, threads: int) -> Outcome:
+    """Run jobs, up to so many at once; a failing one is reported and the others go on.
+
+    Args:
+        jobs: in the order to start them.
+        n_at_once: processes side by side.
+        threads: of each, unless the environment says OMP_NUM_THREADS.
+    Raises:
+        KeyboardInterrupt: after all of them were stopped.
+    """
+    outcome, waiting, running = Outcome(), list(jobs), []
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    total = tqdm(total=len(jobs), desc="runs", unit="run", position=0, dynamic_ncols=True, **_screen())
+    try:
+        while waiting or running:
+            while waiting and len(running) < n_at_once:
+                job = waiting.pop(0)
+                if folder := finished_folder(job):
+                    say(f"{job.name}: finished before, {folder}")
+                    outcome.folders.append(folder)
+                    total.update()
+                else:
+                    running.append(start(job, environment, running))
+            if running:
+                time.sleep(POLL_SECONDS)
+            for member in list(running):
+                code = member.process.poll()  # before reading, so that the last lines are not missed
+                show(member)
+                if code is not None:
+                    running.remove(member)
+                    conclude(member, code, outcome)
+                    total.update()
+    finally:
+        stop(running)
+        total.close()
+    return outcome
+
+
+def start(job: Job, environment: dict[str, str], running: Sequence[Running]) -> Running:
+    """Start a job, its output going to its log."""
+    taken = {member.position for member in running}
+    position = next(i for i in range(1, len(taken) + 2) if i not in taken)
+    try:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        with job.log.open("w") as log:
+            # In this process's group, so that Ctrl-C reaches it too.
+            process = subprocess.Popen(
+                job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=Path.cwd()
+            )
+    except OSError as error:
+        raise InputError(f"cannot write {job.log}: {error.strerror or error}; choose another --output_dir") from error
+    say(f"{job.name}: started, log {job.log}")
+    bar = tqdm(total=1, desc=job.name, unit="epoch", position=position, leave=False, dynamic_ncols=True, **_screen())
+    return Running(job, process, bar, position)
+
+
+def show(member: Running) -> None:
+    """Bring a job's bar, or the lines about it, up to date."""
+    for line in member.news():
+        match = EPOCH.search(line)
+        if match:
+            task, n_tasks, epoch, n_epochs = map(int, match.groups()[:4])
+            member.bar.total = n_tasks * n_epochs
+            member.bar.n = (task - 1) * n_epochs + epoch
+            member.bar.set_postfix_str(f"task {task}/{n_tasks} {match[5]}", refresh=False)
+        elif " learned." in line or line.startswith(("continued", "note:")):
+            say(f"{member.job.name}: {line.partition(' learned.')[0]}" + (" learned" if " learned." in line else ""))
+    member.bar.refresh()
+
+
+def conclude(member: Running, code: int, outcome: Outcome) -> None:
+    """Say how a job ended."""
+    member.bar.close()
+    text = member.job.log.read_text(errors="replace")
+    folders = FOLDER.findall(text)
+    seconds = report.duration(time.monotonic() - member.started)
+    if code == 0 and folders:
+        result = next((line for line in reversed(text.splitlines()) if "ACC" in line), "finished")
+        say(f"{member.job.name}: {result.rpartition(': ')[2]}, {seconds} in all")
+        outcome.folders.append(Path(folders[-1]))
+        return
+    outcome.failed.append(member.job)
+    last = next((line for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
+    say(f"{member.job.name}: FAILED with exit code {code} after {seconds}: {last}")
+
+
+def stop(running: Sequence[Running]) -> None:
+    """End every process that is still at work, giving it time to save its state."""
+    for member in running:
+        with contextlib.suppress(OSError):
+            member.process.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    for member in running:
+        try:
+            member.process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            member.process.kill()
+            member.process.wait()
+        member.bar.close()
+
+
+def say(text: str) -> None:
+    """A line, above the bars."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def _screen() -> dict[str, Any]:
+    return {"file": sys.stdout, "disable": not sys.stdout.isatty()}
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # a container's limit, on Linux
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM unwind this process as Ctrl-C does."""
+
+    def unwind(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ---- the command line
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The sweep's own arguments, and those for the scripts."""
+    parser = Parser(
+        prog="run_experiments.sh",
+        usage="bash run_experiments.sh [embedded | paper] [FLAGS]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --seed is a script's flag, not short for --seeds
+    )
+    add = parser.add_argument
+    add("--only", nargs="+", choices=tuple(PAPER), metavar="BENCHMARK", help=f"some of: {', '.join(PAPER)}")
+    add("--methods", nargs="+", choices=tuple(METHODS), metavar="METHOD", help=f"some of: {', '.join(METHODS)}")
+    add("--seeds", nargs="+", type=int, metavar="SEED", help="default: each script's own, the released code's")
+    add("--table", type=int, choices=tuple(TABLES), help="with paper: all methods of a table of the paper, seeds 1-5")
+    add("--jobs", type=int, metavar="N", help="runs side by side (default: embedded 2 or the number of cores, paper 1)")
+    add("--output_dir", type=Path, default=Path("runs"), help="folder that gets everything (default: runs)")
+    # Not an argparse positional: those swallow the values of flags that are passed on.
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    what = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "embedded"
+    if what not in ("embedded", "paper"):
+        parser.error(f"{what!r} is not known; it must be embedded or paper")
+    args, passed_on = parser.parse_known_args(arguments)
+    args.what = what
+    if passed_on and not passed_on[0].startswith("--"):
+        parser.error(f"{passed_on[0]!r} is not a flag")
+    if args.table and args.what != "paper":
+        parser.error("--table goes with paper: run_experiments.sh paper --table 1")
+    if args.jobs is not None and args.jobs < 1:
+        parser.error(f"--jobs is {args.jobs}; it must be positive")
+    if "--seed" in passed_on or "--method" in passed_on:
+        parser.error("use --seeds and --methods here, each with one or more values")
+    return args, passed_on
+
+
+def finish(outcome: Outcome, output_dir: Path, data: str) -> None:
+    """Print the table of the finished runs and draw the pictures."""
+    if not outcome.folders:
+        return
+    runs, problems = report.find_runs(outcome.folders)
+    rows = report.summarise(runs)
+    print(f"\n{report.as_text(rows, problems)}")
+    pictures = [path for path in report.draw(rows, output_dir / "figures" / data) if path.suffix == ".png"]
+    pictures += sorted(path for run in runs for path in run.path.glob("*.png"))
+    print("Pictures (those in figures/ as PDF too):")
+    print("\n".join(f"  {path}" for path in pictures))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a sweep; returns the exit code: 1 if a run failed, 2 for bad input, 130 when interrupted."""
+    try:
+        args, passed_on = parse(argv)
+        jobs = make_jobs(args, passed_on)
+        cores = available_cores()
+        n_at_once = args.jobs or (min(2, cores) if args.what == "embedded" else 1)
+        threads = max(1, cores // n_at_once)
+        print(f"{len(jobs)} runs, {n_at_once} at a time, {threads} CPU thread(s) each")
+        with terminable():
+            outcome = run_jobs(jobs, n_at_once, threads)
+        finish(outcome, args.output_dir, "embedded" if args.what == "embedded" else "real")
+    except InputError as error:
+        print(f"run_experiments.sh: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    for job in outcome.failed:
+        print(f"failed: {job.name}, see {job.log}", file=sys.stderr)
+    return 1 if outcome.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

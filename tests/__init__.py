@@ -1,0 +1,1 @@
+"""Tests, and the slow, obvious implementation that they compare with (reference.py)."""
