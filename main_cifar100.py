@@ -26,6 +26,7 @@ from models import AlexNet
 @dataclass(kw_only=True)
 class Hyperparameters(Options):
     n_tasks: int = flag(10, "tasks of ten classes each, the first so many")
+    class_order_seed: int | None = flag(None, "shuffles which classes meet in a task; default the natural order")
     n_epochs: int = flag(200, "epochs of each task, at most; the plateau schedule ends most tasks sooner")
     batch_size_train: int = flag(64, "images in a training batch")
     batch_size_test: int = flag(64, "images in a validation or test batch: BatchNorm uses its statistics")
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         n_tasks=options.n_tasks,
         pc_valid=options.pc_valid,
         n_train=options.n_train,
+        class_order_seed=options.class_order_seed,
         data=options.data,
         data_dir=options.data_dir,
         device=pick_device(options.device),

@@ -29,27 +29,42 @@ class Spread:
         return cls(median, low, high)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device to finish what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """How long one call takes."""
-    synchronize(device)
-    began = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - began
+@dataclass(frozen=True)
+class Stopwatch:
+    """Times calls on a device.
+
+    Args:
+        device: waited for before and after a call.
+        clock: "wall"; or "cpu", processor time, which on a busy machine and with one thread is what an idle one needs.
+    """
+
+    device: torch.device
+    clock: str = "wall"
+
+    def __call__(self, function: Callable[[], object]) -> float:
+        """Seconds that one call takes."""
+        read = CLOCKS[self.clock]
+        self.wait()
+        began = read()
+        function()
+        self.wait()
+        return read() - began
+
+    def wait(self) -> None:
+        """Until the device has finished what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list]:
+def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int, stopwatch: Stopwatch) -> dict[str, list]:
     """Seconds of each variant in each round; every other round goes backwards, so that no one always comes first."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for i in range(rounds):
         for name in variants if i % 2 == 0 else reversed(variants):
-            times[name].append(seconds(variants[name], device))
+            times[name].append(stopwatch(variants[name]))
     return times
 
 
@@ -58,9 +73,9 @@ def ratios(times: Mapping[str, list[float]], of: str, to: str) -> Spread:
     return Spread.of([a / b for a, b in zip(times[of], times[to], strict=True)])
 
 
-def matrix_product_rate(device: torch.device, repetitions: int = 7) -> float:
+def matrix_product_rate(stopwatch: Stopwatch, repetitions: int = 7) -> float:
     """Floating-point operations a second of a large float32 matrix product: the fastest of some, with today's threads."""
-    a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, device=device)
-    seconds(lambda: torch.mm(a, b), device)
-    fastest = min(seconds(lambda: torch.mm(a, b), device) for _ in range(repetitions))
+    a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, device=stopwatch.device)
+    stopwatch(lambda: torch.mm(a, b))
+    fastest = min(stopwatch(lambda: torch.mm(a, b)) for _ in range(repetitions))
     return 2 * MATRIX_SIZE**3 / fastest

@@ -60,7 +60,7 @@ def load(
             name=f"permutation {t}",
             n_classes=10,
             train=Split(permuted[n_valid:], train.labels[n_valid:]),
-            valid=Split(permuted[:n_valid], train.labels[:n_valid]),
+            valid=Split(permuted[:n_valid].clone(), train.labels[:n_valid]),  # a view would keep all of it in memory
             test=Split(test.images.index_select(1, permutation), test.labels),
         )
 

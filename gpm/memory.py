@@ -204,7 +204,10 @@ class GradientProjectionMemory:
 
     def load(self, path: str | Path) -> None:
         """Read a memory that `save` wrote; raises InputError where the file is damaged or of another model."""
-        self.load_state_dict(load_tensors(Path(path)))
+        state = load_tensors(Path(path))
+        if not isinstance(state, dict) or not {"bases", "n_updates"} <= state.keys():
+            raise InputError(f"{path} holds no memory; give a file that `save` wrote")
+        self.load_state_dict(state)
 
 
 def normalization_parameters(model: nn.Module) -> list[nn.Parameter]:

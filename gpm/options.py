@@ -85,6 +85,22 @@ class Options:
         metavar="LAYER=COUNT",
     )
 
+    memory_images: int | None = flag(
+        None,
+        "a_gem, er: images in the episodic memory; default as many floats as the largest possible GPM, Σ d² over the "
+        "protected layers",
+    )
+    replay_batch: int | None = flag(
+        None, "a_gem, er: images drawn from the memory at each step; default --batch_size_train"
+    )
+    ewc_lambda: float = flag(5000.0, "ewc: weight λ of the penalty λ/2 Σ F (θ - θ*)²")
+    owm_alpha: float = flag(
+        1.0, "owm: α of the projector α (α I + Σ x xᵀ)⁻¹; the larger, the more directions stay free to learn in"
+    )
+    ogd_samples: int = flag(200, "ogd: images of each task whose logit gradients are stored; the paper's number")
+    hat_smax: float = flag(400.0, "hat: slope of the gates at test, the largest in training")
+    hat_sparsity: float = flag(0.75, "hat: weight of the penalty on units that no earlier task uses")
+
     data: str = flag(
         "real",
         "real: the benchmark's own images. embedded: rendered glyphs, for trying everything without a download",
@@ -136,6 +152,14 @@ def check(options: Options) -> None:
     for name, count in options.samples.items():
         most = count if options.n_samples == "all" else options.n_samples
         _require(0 < count <= most, f"samples {name}", count, f"in [1, n_samples = {options.n_samples}]")
+    for name in ("memory_images", "replay_batch"):
+        value = getattr(options, name)
+        _require(value is None or value > 0, name, value, "positive")
+    for name in ("owm_alpha", "ogd_samples"):
+        _require(getattr(options, name) > 0, name, getattr(options, name), "positive")
+    for name in ("ewc_lambda", "hat_sparsity"):
+        _require(getattr(options, name) >= 0, name, getattr(options, name), "0 or more")
+    _require(options.hat_smax >= 1, "hat_smax", options.hat_smax, "1 or more")  # the slope begins at 1 / hat_smax
     last = options.threshold_step * (options.n_tasks - 1)
     for threshold in options.threshold:
         _require(0 < threshold <= 1, "threshold", threshold, "in (0, 1]")

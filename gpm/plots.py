@@ -155,7 +155,7 @@ def method_bars(scores: Mapping[str, tuple[Estimate, Estimate | None]], title: s
         scores: of each method, (ACC, BWT); BWT None where it has no meaning.
         title: what was run.
     """
-    width = max(6.4, 2.4 + 1.3 * len(scores))
+    width = max(6.4, 2.4 + 0.95 * len(scores))
     figure = Figure(figsize=(width, 4.0), layout="constrained")
     panels = figure.subplots(1, 2)
     names = [METHODS.get(method, method) for method in scores]
@@ -173,10 +173,13 @@ def method_bars(scores: Mapping[str, tuple[Estimate, Estimate | None]], title: s
             color = _style(method, x)[0]
             axes.bar(x, estimate.mean, width=0.66, color=color, zorder=2)
             if estimate.std:
-                axes.errorbar(x, estimate.mean, estimate.std, color="#444444", capsize=4, linewidth=1.3, zorder=3)
+                for ink, thickness in (("white", 3.2), ("#333333", 1.3)):  # a halo, to be seen on dark bars too
+                    bar = {"color": ink, "capsize": 4, "linewidth": thickness, "capthick": thickness, "zorder": 3}
+                    axes.errorbar(x, estimate.mean, estimate.std, **bar)
             down = estimate.mean < 0
             tip = estimate.mean + (-1 if down else 1) * ((estimate.std or 0.0) + 0.12 * room)
             text = f"{estimate.mean:.1f}" if part == 0 else f"{estimate.mean:+.1f}"
+            text = text.replace("-", "\N{MINUS SIGN}")  # as on the axis
             axes.text(x, tip, text, ha="center", va="top" if down else "bottom", fontsize=TICK)
         axes.axhline(0, color="black", linewidth=0.8, zorder=4)
         axes.set_xlim(-0.6, len(names) - 0.4)

@@ -70,7 +70,7 @@ class Progress:
         self.bar.update(self.epochs_seen - self.bar.n)
         self.say(f"task {t + 1}/{self.n_tasks} ({name}) learned; test accuracy, percent (row after task, column task):")
         for i, row in enumerate(accuracy):
-            if row[0] is None:  # tasks learned jointly are measured once, at the end
+            if all(value is None for value in row):  # tasks learned jointly are measured once, at the end
                 continue
             self.say(f"  {i + 1:>2} " + " ".join(f"{value:6.2f}" for value in row if value is not None))
         if columns:

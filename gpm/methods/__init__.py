@@ -5,12 +5,22 @@ from __future__ import annotations
 from torch import nn
 
 from gpm.errors import InputError
+from gpm.methods.a_gem import AGEM
 from gpm.methods.base import Method
+from gpm.methods.er import ER
+from gpm.methods.ewc import EWC
 from gpm.methods.gpm import GPM
+from gpm.methods.hat import HAT
+from gpm.methods.multitask import Multitask
 from gpm.methods.naive import Naive
+from gpm.methods.ogd import OGD
+from gpm.methods.owm import OWM
+from gpm.methods.single import Single
 from gpm.options import Options
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (GPM, Naive)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (GPM, Naive, Multitask, Single, EWC, AGEM, ER, OWM, OGD, HAT)
+}
 
 
 def make_method(model: nn.Module, options: Options) -> Method:

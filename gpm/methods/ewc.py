@@ -1,0 +1,95 @@
+"""Elastic Weight Consolidation (Kirkpatrick et al., PNAS 2017, arXiv 1612.00796, Eq. 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpm.methods.base import Method, trainable_parameters
+from gpm.options import Options
+from gpm.seeds import generator
+from gpm.task import Split, Task
+
+BATCH = 64  # images whose scores are summed before squaring; any number gives the same expectation
+
+
+class EWC(Method):
+    """SGD with a spring on every shared weight, as stiff as the old tasks' Fisher information.
+
+    loss = CE + λ/2 Σ_t Σ_i F_t,i (θ_i - θ*_t,i)², where θ*_t are the weights after task t and F_t is the diagonal of
+    its Fisher information, the mean of (∂ log p(y | x) / ∂θ_i)² over training images x and labels y drawn from the
+    network's own p(· | x).
+
+    The penalties of all tasks are summed, not merged into one around the last weights. A sum of parabolas is a
+    parabola: Σ_t F_t (θ - θ*_t)² = F (θ - c)² + constant with F = Σ_t F_t and c = Σ_t F_t θ*_t / F, so two numbers a
+    weight are enough for any number of tasks. Heads have no penalty: each belongs to one task.
+
+    Hyperparameters: `ewc_lambda` (λ). Plain SGD is stable only while lr · λ · F < 2 for the stiffest weight.
+
+    Stores F and c: two floats for each shared weight.
+    """
+
+    name = "ewc"
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        super().__init__(model, options)
+        shared = {id(p) for p in trainable_parameters(model, heads=[])}
+        self.shared = {name: p for name, p in model.named_parameters() if id(p) in shared}
+        self.fisher: dict[str, Tensor] = {}  # F
+        self.center: dict[str, Tensor] = {}  # c
+
+    @torch.no_grad()
+    def after_backward(self, t: int) -> None:
+        """Add the penalty's gradient, λ F (θ - c)."""
+        for name in self.fisher:
+            p = self.shared[name]
+            if p.grad is not None:
+                p.grad.addcmul_(self.fisher[name], p - self.center[name], value=self.options.ewc_lambda)
+
+    def after_task(self, t: int, task: Task) -> None:
+        """Add the task's parabola."""
+        fisher, center = {}, {}
+        for name, new in self.fisher_diagonal(t, task.train).items():
+            weight = self.shared[name].detach()
+            old, old_center = self.fisher.get(name, torch.zeros_like(new)), self.center.get(name, weight)
+            fisher[name] = old + new
+            # c moves towards the new weights by their share of the stiffness; where nothing is stiff it may be anything
+            center[name] = old_center + (weight - old_center) * (new / fisher[name]).nan_to_num(nan=0.0)
+        self.fisher, self.center = fisher, center
+
+    def fisher_diagonal(self, t: int, train: Split) -> dict[str, Tensor]:
+        """F_t by parameter name.
+
+        With y drawn from the network itself, scores are independent with mean zero, so E[(Σ_{n ∈ batch} score_n)²] is
+        the sum over the batch of E[score²]: one backward pass for a batch serves as one for each image.
+        """
+        self.model.eval()
+        random = generator(self.options.seed, "fisher", t)
+        order = torch.randperm(len(train.labels), generator=random).to(train.labels.device)
+        fisher = {name: torch.zeros_like(p) for name, p in self.shared.items()}
+        for index in order.split(BATCH):
+            log_p = self.model(train.images[index], t).log_softmax(1)
+            noise = torch.rand(log_p.shape, generator=random, dtype=torch.float64).to(log_p.device)
+            y = (log_p.detach() - (-noise.log()).log()).argmax(1)  # Gumbel's way to draw from p, same on any device
+            score = torch.autograd.grad(
+                log_p.gather(1, y[:, None]).sum(), list(self.shared.values()), allow_unused=True
+            )
+            for total, s in zip(fisher.values(), score, strict=True):
+                if s is not None:
+                    total.addcmul_(s, s, value=1 / len(train.labels))
+        return fisher
+
+    def memory_floats(self) -> int:
+        """F and c."""
+        return 2 * sum(value.numel() for value in self.fisher.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """F and c by parameter name."""
+        return {"fisher": dict(self.fisher), "center": dict(self.center)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved F and c."""
+        for part in ("fisher", "center"):
+            setattr(self, part, {name: value.to(self.shared[name].device) for name, value in state[part].items()})
