@@ -12,6 +12,7 @@ import main_cifar100
 import main_cifar100_superclass
 import main_five_datasets
 import main_pmnist
+from gpm.hardware import tune
 from gpm.methods.gpm import GPM
 from gpm.options import Options
 from gpm.task import Split, Task
@@ -74,8 +75,7 @@ class Case:
         """GPM after the first half of the tasks; with empty bases, the same step with nothing to project."""
         torch.manual_seed(2)
         model = self.make_model().to(device)
-        if device.type == "cpu" and len(self.image_shape) == 3:
-            model.to(memory_format=torch.channels_last)  # as gpm.hardware.tune_cpu does for a run
+        tune(device, model, self.options)
         method = kind(model, self.options)
         if not empty:
             bases = self.bases(method.memory.input_sizes)

@@ -6,7 +6,7 @@ Dense d x d products on finished gradients; Python loops that cut out one patch 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -48,11 +48,31 @@ class DenseGPM(GPM):
             weight.grad = weight.grad - torch.mm(weight.grad.flatten(1), matrix).view_as(weight)
 
 
-def update(layers: dict[str, tuple[Layer, Tensor]], bases: dict[str, Array], threshold: float) -> dict[str, Array]:
-    """The bases of some layers after a task (Eqs. 5, 8 and 9), from their inputs."""
+@torch.no_grad()
+def update(
+    model: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    images: Tensor,
+    layers: Mapping[str, Layer],
+    samples: Mapping[str, int],
+    bases: Mapping[str, Array],
+    thresholds: Mapping[str, float],
+) -> dict[str, Array]:
+    """The bases of some layers after a task (Eqs. 5, 8 and 9): one forward pass, then layer after layer."""
+    model.eval()
+    inputs = {}
+    handles = [
+        layer.module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+        for name, layer in layers.items()
+    ]
+    forward(images)
+    for handle in handles:
+        handle.remove()
     return {
-        name: extend_basis(bases[name], representation(layer.module, inputs), threshold)
-        for name, (layer, inputs) in layers.items()
+        name: extend_basis(
+            bases[name], representation(layer.module, inputs[name][: samples.get(name)]), thresholds[name]
+        )
+        for name, layer in layers.items()
     }
 
 

@@ -80,12 +80,15 @@ def write_cache(folder: Path, raw: RawSet) -> None:
     """Write a set so that nobody ever sees half of it.
 
     All files are first written and synced in a temporary folder beside `folder`, then renamed into place: the whole
-    folder at once, or file by file where `folder` already exists. A folder that lacks a file is not a cache.
+    folder at once, or file by file where `folder` already exists. A folder that lacks a file is not a cache. Callers
+    hold the set's lock, so what a killed process left of an earlier attempt is deleted.
 
     Raises:
         OSError: the disk is full or read-only.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name}-*"):
+        shutil.rmtree(left, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         temporary.chmod(0o755)  # mkdtemp's 0700 would shut colleagues out of a shared folder

@@ -18,7 +18,7 @@ def chalk(masks: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def print_(masks: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Crisp and clean, at times white on black and at times a black letter cut out of a grey page, like notMNIST."""
+    """Crisp white on black or dark grey, like notMNIST."""
     sharp = ((masks - 0.5) * 3 + 0.5).clip(0, 1)
     page = _each(generator, masks, 0.0, 0.35)
     return page + (1 - page) * sharp
@@ -31,7 +31,7 @@ def cloth(masks: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def sign(masks: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Low-contrast digits on a shaded wall, a piece of another digit at the side, like SVHN."""
+    """Low-contrast digits on a shaded wall, a piece of the digit's twin at the side, like SVHN."""
     n, side, _ = masks.shape
     wall = generator.uniform(0.25, 0.75, size=(n, 1, 1, 3))
     direction = np.where(wall.mean(axis=3, keepdims=True) > 0.5, -1.0, 1.0)
@@ -73,7 +73,7 @@ def _noisy(images: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def _only_ink_is_noisy(images: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Noise where the image is not black: the black around MNIST's digits is exact, and easily learned to be ignored."""
+    """Noise where the image is not black: the black around MNIST's digits is exact."""
     return np.where(images > 0.02, _noisy(images, generator), 0.0)
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from gpm.errors import DivergenceError, InputError, Stopped
+from gpm.interrupts import stoppable
 from gpm.methods import METHODS
 from gpm.options import Options, check
 
+METAVARS = {int: "N", float: "X"}
 SomeOptions = TypeVar("SomeOptions", bound=Options)
 
 
@@ -40,7 +42,7 @@ def parse(options: type[SomeOptions], argv: Sequence[str] | None, description: s
     parser.add_argument("--config", metavar="FILE", help="config.json of a run to repeat; further flags change it")
     config = parser.parse_args(argv).config
     if config is not None:
-        parser.set_defaults(**read_config(Path(config), options))
+        parser.set_defaults(**read_config(Path(config), options, parser))
     values = vars(parser.parse_args(argv))
     del values["config"]
     for field in dataclasses.fields(options):
@@ -51,20 +53,37 @@ def parse(options: type[SomeOptions], argv: Sequence[str] | None, description: s
     return parsed
 
 
-def read_config(path: Path, options: type[Options]) -> dict[str, Any]:
+def read_config(path: Path, options: type[Options], parser: argparse.ArgumentParser) -> dict[str, Any]:
     """The hyperparameters in a run's config.json, all but its folder.
 
     Raises:
         InputError: the file cannot be read, or is of another script.
+        SystemExit: a value that its flag would not take either.
     """
     try:
-        values = json.loads(path.read_text())["hyperparameters"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not the config.json of a run: {error}") from error
+        values = dict(json.loads(path.read_text())["hyperparameters"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is not the config.json of a run: {error!r}") from error
     names = {field.name for field in dataclasses.fields(options)}
     if set(values) != names:
         raise InputError(f"{path} is of another script: it differs in {', '.join(sorted(names ^ set(values)))}")
-    return {name: value for name, value in values.items() if name not in ("run_folder", "no_resume")}
+    flags, empty = [], {}
+    for field in dataclasses.fields(options):
+        name, value, default = field.name, values[field.name], default_of(field)
+        if name in ("run_folder", "no_resume") or (value is None and default is None):
+            continue
+        if value == {} and isinstance(default, dict):  # no flag says so
+            empty[name] = value
+        elif isinstance(default, bool) and isinstance(value, bool):
+            flags += [f"--{name}"] * value
+        elif isinstance(default, dict) and isinstance(value, dict):
+            flags += [f"--{name}", *(f"{key}={count}" for key, count in value.items())]
+        elif isinstance(default, tuple) and isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags.append(f"--{name}={value}")
+    parsed = vars(parser.parse_args(flags))
+    return {name: parsed[name] for name in names - {"run_folder", "no_resume"}} | empty
 
 
 def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
@@ -75,7 +94,7 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
     shown = " ".join(f"{k}={v}" for k, v in default.items()) if isinstance(default, dict) else default
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else shown
     help = field.metadata["help"].replace("%", "%%")
-    if default not in (None, False, {}):
+    if default is not None and default is not False and default != {}:
         help += f" (default: {shown})"
     if isinstance(default, bool):
         arguments["action"] = "store_true"
@@ -87,6 +106,8 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
         arguments.setdefault("type", type(default))
     else:
         arguments.setdefault("type", int)
+    if "action" not in arguments and "choices" not in arguments:
+        arguments.setdefault("metavar", METAVARS.get(arguments["type"], "NAME"))
     parser.add_argument(f"--{field.name}", default=default, help=help, **arguments)
 
 
@@ -100,7 +121,8 @@ def script(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
     program = Path(sys.argv[0]).name
     warnings.showwarning = lambda message, *_: print(f"{program}: warning: {message}", file=sys.stderr)
     try:
-        main(None)
+        with stoppable():
+            main(None)
     except (InputError, DivergenceError, Stopped) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -20,7 +20,7 @@ from gpm.methods import make_method
 from gpm.options import Options, check, results_options, variant
 from gpm.progress import Progress
 from gpm.runfolder import check_same_run, describe_model, hold, read_summary, run_folder
-from gpm.task import Benchmark, Split, Task, join
+from gpm.task import Benchmark, Split, Task, batches, join
 from gpm.training import Epoch, TaskProgress, evaluate, start_task, train_task
 
 CHECKPOINT_SECONDS = 60  # within a task, save at most this often, so that short runs pay nothing
@@ -74,7 +74,7 @@ class Run:
             (self.folder / "summary.json").unlink(missing_ok=True)
         resumed = self.resume()
         finished = read_summary(self.folder)
-        if finished is not None and resumed and self.position == options.n_tasks:
+        if finished is not None and (self.position == options.n_tasks or not resumed):
             print(f"finished already, in {self.folder} (--no_resume runs it again)")
             print_result(finished, self.folder)
             return finished
@@ -147,8 +147,9 @@ class Run:
     def training_statistics(self, j: int) -> batchnorm.Statistics:
         """BatchNorm's statistics over the training images of task j."""
         model = self.method.model
-        batches = self.benchmark.tasks[j].train.images.split(self.options.batch_size_test)
-        return batchnorm.training_statistics(model, lambda images: model(images, j), batches)
+        images = self.benchmark.tasks[j].train.images
+        parts = [images[start:stop] for start, stop in batches(len(images), self.options.batch_size_test)]
+        return batchnorm.training_statistics(model, lambda images: model(images, j), parts)
 
     def epoch_done(self, epoch: Epoch) -> None:
         """Record an epoch and, now and then, save."""
@@ -178,21 +179,36 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint and the epochs so far."""
         save_checkpoint(self.folder, self.state_dict())
-        write_text(self.folder / "epochs.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in self.epochs))
+        self.write_epochs()
         self.saved_at = time.monotonic()
+
+    def write_epochs(self) -> None:
+        """Write epochs.jsonl."""
+        write_text(self.folder / "epochs.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in self.epochs))
 
     def resume(self) -> bool:
         """Go on from the folder's checkpoint, if there is one."""
-        state = load_checkpoint(self.folder)
+        state, wanted = load_checkpoint(self.folder), results_options(self.options)
         if state is None:
+            finished = read_summary(self.folder)  # perhaps its checkpoint was deleted to save space
+            if finished is not None:
+                found = {name: finished["hyperparameters"].get(name) for name in wanted}
+                check_same_run(self.folder, found, json.loads(json.dumps(wanted)))
             return False
-        check_same_run(self.folder, state["hyperparameters"], results_options(self.options))
-        self.method.model.load_state_dict(state["model"])
-        self.method.load_state_dict(state["method"])
-        if state["task_progress"] is not None:
-            self.task_progress = TaskProgress.from_state_dict(state["task_progress"])
-        for name in self.kept:
-            setattr(self, name, state[name])
+        try:
+            check_same_run(self.folder, state["hyperparameters"], wanted)
+            self.method.model.load_state_dict(state["model"])
+            self.method.load_state_dict(state["method"])
+            if state["task_progress"] is not None:
+                self.task_progress = TaskProgress.from_state_dict(state["task_progress"])
+            for name in self.kept:
+                setattr(self, name, state[name])
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"the checkpoint in {self.folder} is of another model or program ({reason}); choose another folder, "
+                "or start afresh with --no_resume"
+            ) from error
         return True
 
     def config(self) -> dict[str, Any]:
@@ -235,6 +251,7 @@ class Run:
             "finished": True,
         }
         rows = [",".join("" if value is None else f"{value:.4f}" for value in row) for row in accuracy]
+        self.write_epochs()  # again, since the process that saved the last state may have been killed before it did
         write_text(self.folder / "accuracy.csv", "\n".join(rows) + "\n")
         plots.save(plots.accuracy_heat_map(accuracy, self.title), self.folder / "accuracy.png")
         if self.columns:

@@ -15,6 +15,7 @@ import torch
 
 from gpm.errors import InputError
 
+TEMPORARY = ".tmp"  # the end of a temporary name
 MAGIC = b"gpm-tensors 1\n"  # name and version of the format
 
 
@@ -27,7 +28,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -40,6 +41,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left half written in a folder that nobody else writes to now."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

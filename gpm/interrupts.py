@@ -25,6 +25,7 @@ def _stop(signal_number: int, _frame: object) -> None:
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Within this context the signals raise Stopped in the main thread, at once or at the end of a deferred block."""
+    global _received
     if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield
         return
@@ -34,6 +35,7 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        _received = None  # of a deferred block that failed: that failure has stopped the run already
 
 
 @contextmanager

@@ -24,10 +24,11 @@ from gpm.subspace import orthogonal_complement
 
 Route = Literal["none", "zero", "subtract", "keep", "dense"]
 
-# One dense product beats two thin ones up to this size, where starting a kernel costs more than its arithmetic.
+# One dense product beats two thin ones up to this size for few rows, and on a GPU, where starting a kernel costs more
+# than its arithmetic; for many rows two thin ones may win, but then by microseconds (docs/performance.md).
 DENSE_SIZE = 128
-# A thin pair costs 4·rows·d·r against 2·rows·d² dense: equal at r = d/2, where the one dense product has less overhead.
-DENSE_RATIO = 0.4
+# A thin pair costs 4·rows·d·r against 2·rows·d² dense: equal at r = d/2, measured equal at a little less.
+DENSE_RATIO = 0.45
 
 
 def cheapest_route(d: int, k: int) -> Route:

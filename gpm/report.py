@@ -211,6 +211,7 @@ def _row(key: tuple, found: list[Run]) -> Row:
     row.verdict = verdict(row, complete, same_images=_same_images(runs))
     if row.published and row.published.doubt:
         row.notes.append(row.published.doubt)
+    row.notes += [f"{name}: nothing here tells whether these are the published images" for name in _unverified(row)]
     if not _same_images(runs):
         row.notes.append("the runs of this row used different images (their checksums differ)")
     return row
@@ -230,6 +231,15 @@ def _same_images(runs: Sequence[Run]) -> bool:
         )
 
     return len({checksums(run) for run in runs}) == 1
+
+
+def _unverified(row: Row) -> list[str]:
+    """Real data sets whose checksum is not a known one, but for those that a note mentions already."""
+    if row.data != "real":
+        return []
+    sources = [run.summary["data"].get("sources") or {} for run in row.runs]
+    names = {name: None for found in sources for name, source in found.items() if source.get("verified") is False}
+    return [name for name in names if not any(note.startswith(f"{name}:") for note in row.notes)]
 
 
 def verdict(row: Row, complete: bool, same_images: bool) -> str:
@@ -284,7 +294,7 @@ def duration(seconds: float) -> str:
 def command(row: Row) -> str:
     """The command that makes a row's runs."""
     hyperparameters = row.runs[0].summary.get("hyperparameters", {})
-    flags = [] if row.method == "gpm" else [f"--method {row.method}"]
+    flags = [f"--method {row.method}"]
     flags += [] if row.data == "real" else [f"--data {row.data}"]
     shortened = "~" in row.variant
     for part in [] if row.variant == "default" else row.variant.split(","):
@@ -295,9 +305,8 @@ def command(row: Row) -> str:
     seeds = row.seeds
     if len(seeds) == 1:
         return " ".join([f"python main_{row.benchmark}.py", *flags, f"--seed {seeds[0]}"])
-    flags = [flag.replace("--method ", "--methods ") for flag in flags]
-    only = f"bash run_experiments.sh paper --only {row.benchmark} --seeds {' '.join(map(str, seeds))}"
-    return " ".join([only, *flags])
+    many = f"--only {row.benchmark} --methods {row.method} --seeds {' '.join(map(str, seeds))}"
+    return " ".join(["bash run_experiments.sh paper", many, *flags[1:]])
 
 
 def _flag(name: str, value: Any) -> str:

@@ -15,8 +15,10 @@ from typing import Any
 import filelock
 from torch import nn
 
+from gpm.batchnorm import Statistics
 from gpm.checkpoint import load_checkpoint
 from gpm.errors import InputError
+from gpm.files import remove_leftovers
 from gpm.memory import GradientProjectionMemory
 from gpm.options import Options, variant
 
@@ -42,6 +44,7 @@ def hold(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         (folder / HOLDER).write_text(f"process {os.getpid()} on {platform.node()}")
+        remove_leftovers(folder)
     except filelock.Timeout as error:
         holder = (folder / HOLDER).read_text() if (folder / HOLDER).exists() else "another process"
         raise InputError(f"{holder} is at work in {folder}; wait for it or choose another folder") from error
@@ -88,12 +91,15 @@ class LoadedRun:
         memory: the model's bases; None for methods without.
         config: the content of config.json.
         summary: the content of summary.json; None while the run is unfinished.
+        statistics: with `--batchnorm task`, by task what `gpm.batchnorm.fixed_statistics(model, statistics[t])` needs to
+            test as the run did; else empty.
     """
 
     model: nn.Module
     memory: GradientProjectionMemory | None
     config: dict[str, Any]
     summary: dict[str, Any] | None
+    statistics: list[Statistics]
 
 
 def load_run(folder: str | Path, model: nn.Module | None = None) -> LoadedRun:
@@ -109,18 +115,23 @@ def load_run(folder: str | Path, model: nn.Module | None = None) -> LoadedRun:
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {folder / 'config.json'}: {error}") from error
+        description = config["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'config.json'} is not the config.json of a run: {error!r}") from error
     state = load_checkpoint(folder)
     if state is None:
         raise InputError(f"{folder} has no checkpoint that can be read, so its weights are not there")
-    model = make_model(config["model"]) if model is None else model
-    model.load_state_dict(state["model"])
+    model = make_model(description) if model is None else model
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the weights in {folder} are not of a {type(model).__name__} like this: {reason}") from error
     memory = None
     if "bases" in state["method"]:
         memory = GradientProjectionMemory(model, ["heads"] if hasattr(model, "heads") else [])
         memory.load_state_dict(state["method"])
-    return LoadedRun(model.eval(), memory, config, read_summary(folder))
+    return LoadedRun(model.eval(), memory, config, read_summary(folder), state["statistics"])
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
@@ -133,11 +144,11 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 
 def make_model(description: dict[str, Any]) -> nn.Module:
     """A model from its class and constructor arguments."""
-    module, _, name = description["class"].rpartition(".")
     try:
+        module, _, name = description["class"].rpartition(".")
         made = getattr(importlib.import_module(module), name)(**description["arguments"])
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"cannot build {description['class']} ({error}); give load_run the model") from error
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"cannot build the model {description} ({error!r}); give load_run the model") from error
     if not isinstance(made, nn.Module):
         raise InputError(f"{description['class']} is not a model")
     return made

@@ -6,7 +6,7 @@ All three compute the same steps; `--step eager` asks for the last, which fits e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from gpm.fused import FusedChain
 from gpm.methods.base import Method
 from gpm.options import Options
-from gpm.task import Split, Task
+from gpm.task import Split, Task, batches
 
 WARM_UP_STEPS = 3  # eager steps before a capture: they make cuBLAS and cuDNN allocate and choose what they need
 
@@ -166,17 +166,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def batches(n: int, batch_size: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each batch of n images; the last may be smaller, but never a single image.
-
-    One image has no batch statistics (BatchNorm1d refuses it), so it joins the batch before it.
-    """
-    start = 0
-    while start < n:
-        stop = min(start + batch_size, n)
-        if n - stop == 1:
-            stop = n
-        yield start, stop
-        start = stop

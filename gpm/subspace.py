@@ -69,14 +69,16 @@ def extend_basis_from_gram(basis: Tensor, gram: Tensor, threshold: float, rank_r
     total = gram.trace()
     if total == 0 or basis.shape[1] == d:
         return basis
-    complement = orthogonal_complement(basis)  # (d, d - k)
-    inside = complement.T @ gram @ complement
+    # (d, d - k); while M is empty all of R is inside, and three d x d products are spared.
+    complement = orthogonal_complement(basis) if basis.shape[1] else None
+    inside = gram if complement is None else complement.T @ gram @ complement
     energies, directions = torch.linalg.eigh((inside + inside.T) / 2)
     energies, directions = energies.flip(0).clamp(min=0), directions.flip(1)  # by decreasing energy
     # A Gram matrix squares the condition: below d · eps of the whole there is only rounding, which ε = 1 would keep.
     rank = int((energies > d * EPS * total).sum())
     r = count_directions(energies[:rank], total - energies.sum(), threshold, rank_rule)
-    return torch.cat([basis, complement @ directions[:, :r]], dim=1)
+    new = directions[:, :r] if complement is None else complement @ directions[:, :r]
+    return torch.cat([basis, new], dim=1)
 
 
 def count_directions(energies: Tensor, captured: Tensor | float, threshold: float, rank_rule: RankRule) -> int:

@@ -46,7 +46,7 @@ EMBEDDED = {
 EMBEDDED_METHODS = ("gpm", "naive")
 
 # What `run_experiments.sh paper` runs, with every script's own defaults: the paper's.
-PAPER = dict.fromkeys(("pmnist", "cifar100", "cifar100_superclass", "five_datasets"), ("gpm",))
+PAPER = dict.fromkeys(("pmnist", "cifar100", "cifar100_superclass", "five_datasets"), ("gpm", "naive"))
 # `--table N`: the paper's tables, as far as the methods are written. HAT needs a head for each task; OGD stores
 # a gradient for each image and head, which only permuted MNIST's small network allows.
 TABLES = {
@@ -61,6 +61,8 @@ TABLE_SEEDS = (1, 2, 3, 4, 5)
 
 # What the scripts print, where it is not a terminal.
 EPOCH = re.compile(r"task (\d+)/(\d+) epoch (\d+)/(\d+): (.*)")
+LEARNED = re.compile(r"task \d+/\d+ \(.*?\) learned")
+REMARK = re.compile(r"(continued|note:|warning:) .*")
 FOLDER = re.compile(r"^\s*(\S.*)/summary\.json", re.MULTILINE)
 POLL_SECONDS = 0.3
 STOP_SECONDS = 30  # a stopped run may take this long to save its state
@@ -228,8 +230,8 @@ def show(member: Running) -> None:
             member.bar.total = n_tasks * n_epochs
             member.bar.n = (task - 1) * n_epochs + epoch
             member.bar.set_postfix_str(f"task {task}/{n_tasks} {match[5]}", refresh=False)
-        elif " learned." in line or line.startswith(("continued", "note:")):
-            say(f"{member.job.name}: {line.partition(' learned.')[0]}" + (" learned" if " learned." in line else ""))
+        elif match := LEARNED.match(line) or REMARK.match(line):
+            say(f"{member.job.name}: {match[0]}")
     member.bar.refresh()
 
 
@@ -311,7 +313,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("--only", nargs="+", choices=tuple(PAPER), metavar="BENCHMARK", help=f"some of: {', '.join(PAPER)}")
-    add("--methods", nargs="+", choices=tuple(METHODS), metavar="METHOD", help=f"some of: {', '.join(METHODS)}")
+    add(
+        "--methods",
+        nargs="+",
+        choices=tuple(METHODS),
+        metavar="METHOD",
+        help=f"instead of gpm and naive: {', '.join(METHODS)}",
+    )
     add("--seeds", nargs="+", type=int, metavar="SEED", help="default: each script's own, the released code's")
     add("--table", type=int, choices=tuple(TABLES), help="with paper: all methods of a table of the paper, seeds 1-5")
     add("--jobs", type=int, metavar="N", help="runs side by side (default: embedded 2 or the number of cores, paper 1)")

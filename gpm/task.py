@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -100,3 +100,17 @@ class Benchmark:
     tasks: Sequence[Task]
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+def batches(n: int, batch_size: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each batch of n images; the last may be smaller, but never a single image.
+
+    One image has no batch statistics (BatchNorm1d refuses it), so it joins the batch before it.
+    """
+    start = 0
+    while start < n:
+        stop = min(start + batch_size, n)
+        if n - stop == 1:
+            stop = n
+        yield start, stop
+        start = stop

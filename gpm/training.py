@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpm.errors import DivergenceError
+from gpm.errors import DivergenceError, InputError
 from gpm.interrupts import deferred
 from gpm.methods.base import Method
 from gpm.options import Options
 from gpm.seeds import derived_seed, generator
-from gpm.steps import EagerSteps, batches, make_steps
-from gpm.task import Split, Task
+from gpm.steps import EagerSteps, make_steps
+from gpm.task import Split, Task, batches
 
 State = dict[str, Any]
 
@@ -134,17 +134,21 @@ def train_task(
         progress: from `start_task`, or where an interrupted run left off; kept up to date at every epoch boundary.
         on_epoch: called at every epoch boundary with the epoch's numbers.
     Raises:
+        InputError: the plateau schedule without validation images.
         DivergenceError: a loss is infinite or NaN; `progress` is that of the boundary before.
     """
     model, schedule = method.model, progress.schedule
+    plateau = options.schedule == "plateau"
+    if plateau and not len(task.valid.labels):
+        raise InputError(f"schedule is plateau, but {task.name} has no validation images; hold some out or use constant")
     optimizer = torch.optim.SGD(method.parameters(t), lr=schedule.lr, momentum=options.momentum)
     if progress.optimizer is not None:
         optimizer.load_state_dict(progress.optimizer)
     else:
-        progress.arrive(method, optimizer)
-        progress.start = progress.weights
+        with deferred():
+            progress.arrive(method, optimizer)
+            progress.start = progress.weights
     steps = make_steps(method, optimizer, t, task, options)
-    plateau = options.schedule == "plateau"
     while progress.epoch < options.n_epochs and not (plateau and schedule.finished):
         began, lr, epoch = time.perf_counter(), schedule.lr, progress.epoch
         order = seeded_order(method, t, epoch, task.train.labels)
@@ -152,7 +156,8 @@ def train_task(
         measure = partial(evaluate, model, t, batch_size=options.batch_size_test)
         valid_loss, valid_accuracy = measure(task.valid) if len(task.valid.labels) else (None, None)
         train_accuracy = measure(task.train)[1] if options.eval_train else None
-        if not math.isfinite(train_loss + (valid_loss or 0)):
+        # Losses are of the weights before each step: the validation loss sees the last step's, if there is one.
+        if not math.isfinite(train_loss + (valid_loss or 0)) or (valid_loss is None and not has_finite_weights(model)):
             raise DivergenceError(find_divergence(method, optimizer, t, task, options, progress))
         with deferred():
             progress.arrive(method, optimizer)
@@ -170,6 +175,11 @@ def seeded_order(method: Method, t: int, epoch: int, labels: Tensor) -> Tensor:
     seed = method.options.seed
     torch.manual_seed(derived_seed(seed, "train", t, epoch))
     return method.order(labels, generator(seed, "order", t, epoch))
+
+
+def has_finite_weights(model: nn.Module) -> bool:
+    """Whether all of a model's parameters are finite."""
+    return bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all())
 
 
 def find_divergence(

@@ -19,7 +19,8 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         dropped = round(self.p * 2**16)  # of the 2¹⁶ values of 16 bits
         words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        bits = words.view(torch.int16)[: x.numel()].as_strided(x.shape, x.stride())  # x's own memory layout
+        layout = torch.empty_like(x, device="meta").stride()  # x's own, or plain where x is a view with gaps or repeats
+        bits = words.view(torch.int16)[: x.numel()].as_strided(x.shape, layout)
         kept = (bits >= dropped - 2**15).to(x.dtype)
         return x * kept.mul_(2**16 / (2**16 - dropped))
 

@@ -26,7 +26,7 @@ class AGEM(Replay):
 
     def after_backward(self, t: int) -> None:
         """Project the gradient where it conflicts with the memory."""
-        loss = self.replayed_loss()
+        loss, _ = self.replayed_loss()
         if loss is None:
             return
         parameters = self.parameters(t)

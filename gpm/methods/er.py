@@ -25,8 +25,6 @@ class ER(Replay):
 
     def loss(self, images: Tensor, labels: Tensor, t: int) -> Tensor:
         """The mean loss over the batch and what is replayed with it."""
-        loss, replayed = super().loss(images, labels, t), self.replayed_loss()
-        if replayed is None:
-            return loss
-        n, m = len(labels), min(self.options.replay_batch or self.options.batch_size_train, len(self.reservoir))
-        return (n * loss + m * replayed) / (n + m)
+        loss, n = super().loss(images, labels, t), len(labels)
+        replayed, m = self.replayed_loss()
+        return loss if replayed is None else (n * loss + m * replayed) / (n + m)

@@ -26,7 +26,12 @@ class EWC(Method):
     parabola: Σ_t F_t (θ - θ*_t)² = F (θ - c)² + constant with F = Σ_t F_t and c = Σ_t F_t θ*_t / F, so two numbers a
     weight are enough for any number of tasks. Heads have no penalty: each belongs to one task.
 
-    Hyperparameters: `ewc_lambda` (λ). Plain SGD is stable only while lr · λ · F < 2 for the stiffest weight.
+    A plain SGD step on the penalty overshoots where lr · λ · F > 2, which the stiffest weights reach at useful λ. So
+    the penalty is stepped implicitly, as argmin_θ gᵀθ + λ/2 F (θ - c)² + |θ - θ_now|² / (2 lr) with the gradient g of
+    CE: both gradients are divided by 1 + lr λ F, lr being the rate that a task starts with. It stops at the same
+    point, is the plain step where lr · λ · F is small, and is stable for any λ.
+
+    Hyperparameters: `ewc_lambda` (λ).
 
     Stores F and c: two floats for each shared weight.
     """
@@ -42,11 +47,12 @@ class EWC(Method):
 
     @torch.no_grad()
     def after_backward(self, t: int) -> None:
-        """Add the penalty's gradient, λ F (θ - c)."""
+        """Add the penalty's gradient, λ F (θ - c), and shorten the step to the implicit one."""
         for name in self.fisher:
             p = self.shared[name]
             if p.grad is not None:
-                p.grad.addcmul_(self.fisher[name], p - self.center[name], value=self.options.ewc_lambda)
+                stiffness = self.options.ewc_lambda * self.fisher[name]
+                p.grad.addcmul_(stiffness, p - self.center[name]).div_(1 + self.options.lr * stiffness)
 
     def after_task(self, t: int, task: Task) -> None:
         """Add the task's parabola."""

@@ -15,7 +15,7 @@ from gpm.memory import GradientProjectionMemory
 from gpm.methods.base import Method
 from gpm.options import Options
 from gpm.seeds import generator
-from gpm.task import Split, Task
+from gpm.task import Split, Task, batches
 
 
 class GPM(Method):
@@ -56,7 +56,7 @@ class GPM(Method):
         images, samples = self.representative(t, task.train)
         self.memory.update(lambda batch: self.model(batch, t), images, epsilon, samples)
 
-    def representative(self, t: int, train: Split) -> tuple[list[Tensor] | tuple[Tensor, ...], dict[str, int]]:
+    def representative(self, t: int, train: Split) -> tuple[list[Tensor], dict[str, int]]:
         """Batches of random training images, and how many of each every layer uses."""
         order = torch.randperm(len(train.labels), generator=generator(self.options.seed, "samples", t))
         order = order.to(train.images.device)
@@ -64,7 +64,7 @@ class GPM(Method):
             return [train.images[order[: self.options.n_samples]]], self.samples
         # Batches of the usual size, so that batch statistics mean the same as with few samples.
         size = next(field.default for field in dataclasses.fields(self.options) if field.name == "n_samples")
-        return train.images[order].split(size), {}
+        return [train.images[order[start:stop]] for start, stop in batches(len(order), size)], {}
 
     def memory_floats(self) -> int:
         """Σ d·k."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gpm.errors import InputError
-from gpm.memory import Normalization
 from gpm.methods.base import Method
+from gpm.methods.units import find_units
 from gpm.options import Options
 from gpm.representation import find_layers
 from gpm.seeds import generator
@@ -36,8 +36,8 @@ class HAT(Method):
     - Sparsity (Eq. 6): loss + c Σ a (1 - a^{<t}) / Σ (1 - a^{<t}), the sums over all units.
 
     For multi-head benchmarks, since the gates need to know the task at test. Hooks gate every Linear and convolution
-    but the heads; which units feed a layer is read from the autograd graph of the first training batch. The embeddings
-    become parameters of the model (`hat_embeddings`), and so part of its weights on disk.
+    but the heads; which units feed which layer is found when the first task begins (gpm/methods/units.py). The
+    embeddings become parameters of the model (`hat_embeddings`), and so part of its weights on disk.
 
     Hyperparameters: `hat_smax` (s_max), `hat_sparsity` (c). The paper's learning rate is 0.05: give --lr 0.05.
 
@@ -53,35 +53,31 @@ class HAT(Method):
                 f"hat gates units by task, so it needs a head for each task: {type(model).__name__} has one"
             )
         self.layers = find_layers(model, exclude=["heads"])
-        self.norms = following_normalizations(model)
-        self.check_coverage()
         self.slope, self.step, self.n_batches, self.task = options.hat_smax, 0, 1, 0
+        self.norms: dict[str, str] = {}  # by layer, the normalisation that completes its units
         self.sources: dict[str, list[str]] = {}  # by layer, the layers whose units feed it; none: the images
-        self.gated: dict[Any, str] = {}  # by node of the autograd graph, the layer whose gated output it is
         self.past: dict[str, Tensor] = {}  # a^{<t} by layer
         self.embeddings: dict[str, nn.Parameter] = {}
         for name, layer in self.layers.items():
+            if layer.groups > 1:
+                raise InputError(f"hat cannot gate layer {name}: it is a convolution in groups")
             weight, random = layer.module.weight, generator(options.seed, "hat", name)
             start = torch.randn(len(model.heads), len(weight), generator=random)
             self.embeddings[name] = nn.Parameter(start.to(weight))
             self.past[name] = weight.new_zeros(len(weight))
-            layer.module.register_forward_pre_hook(partial(self.trace, name))
-            self.norms.get(name, layer.module).register_forward_hook(partial(self.apply_gate, name))
         model.hat_embeddings = nn.ParameterList(self.embeddings.values())
         model.register_forward_pre_hook(self.see_task, with_kwargs=True)
 
-    def check_coverage(self) -> None:
-        """Refuse models with shared parameters that gates would not protect."""
-        modules = [*(layer.module for layer in self.layers.values()), *self.norms.values()]
-        known = {id(p) for module in modules for p in module.parameters()}
-        for name, p in self.model.named_parameters():
-            if id(p) not in known and not name.startswith("heads."):
-                raise InputError(
-                    f"hat cannot protect {name}: it is of no Linear, convolution or normalisation after one"
-                )
-        for name, layer in self.layers.items():
-            if layer.groups > 1:
-                raise InputError(f"hat cannot gate layer {name}: it is a convolution in groups")
+    def install(self, norms: dict[str, str], sources: dict[str, list[str]]) -> None:
+        """Gate the units; refuse models with shared parameters that gates would not protect."""
+        self.norms, self.sources = norms, sources
+        modules = dict(self.model.named_modules())
+        protected = {*norms.values(), *self.layers, "hat_embeddings"}
+        for name, _ in self.model.named_parameters():
+            if name.rpartition(".")[0] not in protected and not name.startswith("heads."):
+                raise InputError(f"hat cannot protect {name}: it belongs to no unit of a Linear or convolution")
+        for name in self.layers:
+            modules[norms.get(name, name)].register_forward_hook(partial(self.apply_gate, name))
 
     def see_task(self, _model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """The model is called for a task."""
@@ -94,31 +90,13 @@ class HAT(Method):
 
     def apply_gate(self, name: str, _module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
         """a ⊙ h."""
-        gated = output * self.gate(name).view(1, -1, *[1] * (output.ndim - 2))
-        if len(self.sources) < len(self.layers) and gated.grad_fn is not None:
-            self.gated[gated.grad_fn] = name
-        return gated
-
-    def trace(self, name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Find the gates that a layer's input comes from: walk the autograd graph back, up to the nearest gates."""
-        if name in self.sources or not torch.is_grad_enabled():
-            return
-        nodes, visited, found = [args[0].grad_fn], {None}, set()
-        while nodes:
-            node = nodes.pop()
-            if node in self.gated:
-                found.add(self.gated[node])
-            elif node not in visited:
-                visited.add(node)
-                nodes += [before for before, _ in node.next_functions]
-        self.sources[name] = sorted(found)
-        units = {len(self.past[source]) for source in found}
-        if len(units) > 1 or any(self.layers[name].module.weight.shape[1] % n for n in units):
-            raise InputError(f"hat cannot tell which inputs of layer {name} belong to which units of {sorted(found)}")
+        return output * self.gate(name).view(1, -1, *[1] * (output.ndim - 2))
 
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
         """Count the batches of an epoch, which the slope follows."""
+        if not self.sources:
+            self.install(*find_units(self.model, self.layers, lambda: self.model(task.train.images[:2], t)))
         n, size = len(task.train.labels), self.options.batch_size_train
         self.n_batches = max(1, (n + size - 2) // size)  # a last batch of one image joins the one before
         self.step = 0
@@ -130,7 +108,6 @@ class HAT(Method):
         done = self.step % self.n_batches / (self.n_batches - 1) if self.n_batches > 1 else 1.0
         self.slope = 1 / most + (most - 1 / most) * done
         loss = super().loss(images, labels, t)
-        self.gated.clear()
         free = {name: 1 - past for name, past in self.past.items()}
         used = sum((self.gate(name) * free[name]).sum() for name in self.layers)
         return loss + self.options.hat_sparsity * used / sum(f.sum() for f in free.values()).clamp(min=1e-8)
@@ -151,12 +128,12 @@ class HAT(Method):
         for name, layer in self.layers.items():
             weight, out = layer.module.weight, self.past[name]
             inside = weight.new_ones(weight.shape[1])
-            if self.sources.get(name):
+            if self.sources[name]:
                 units = torch.stack([self.past[source] for source in self.sources[name]]).amax(0)
                 inside = units.repeat_interleave(len(inside) // len(units))  # flattened maps: channel by channel
             in_use = torch.minimum(out[:, None], inside[None, :])  # (units, inputs)
             yield weight, 1 - in_use.view(*in_use.shape, *[1] * (weight.ndim - 2))
-            norm = self.norms.get(name)
+            norm = self.model.get_submodule(self.norms[name]) if name in self.norms else None
             own = [layer.module.bias, getattr(norm, "weight", None), getattr(norm, "bias", None)]
             yield from ((p, 1 - out) for p in own if p is not None)
 
@@ -180,20 +157,11 @@ class HAT(Method):
         return sum(value.numel() for values in (self.embeddings, self.past) for value in values.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """The cumulative gates; embeddings are in the model."""
-        return {"past": dict(self.past)}
+        """The cumulative gates and what is gated; embeddings are in the model."""
+        return {"past": dict(self.past), "norms": self.norms, "sources": self.sources}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over saved gates."""
         self.past = {name: value.to(self.past[name]) for name, value in state["past"].items()}
-
-
-def following_normalizations(model: nn.Module) -> dict[str, nn.Module]:
-    """The normalisation layer defined right after a Linear or convolution and of its size, by that layer's name."""
-    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    layers = find_layers(model, exclude=["heads"])
-    return {
-        name: after
-        for (name, module), (_, after) in zip(leaves, leaves[1:], strict=False)
-        if name in layers and isinstance(after, Normalization) and len(module.weight) == after.weight.numel()
-    }
+        if state["sources"] and not self.sources:
+            self.install(state["norms"], state["sources"])

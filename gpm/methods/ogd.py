@@ -23,7 +23,7 @@ class OGD(Method):
     (the paper's OGD-GTL) joins an orthonormal basis S of the whole parameter space by Gram-Schmidt. A step then takes
     g ← g - Σ_{v ∈ S} (vᵀ g) v.
 
-    For single-head benchmarks: with a head for each task the shared parameters alone do not hold an old logit's gradient.
+    For single-head benchmarks only, as in the paper's comparison.
 
     Hyperparameters: `ogd_samples` (200 a task, the paper's number).
 
@@ -91,10 +91,12 @@ def orthonormal_rest(vectors: Tensor, basis: Tensor) -> Tensor:
     lengths = vectors.norm(dim=1)
     for _ in range(2):  # the second time removes what rounding left the first time
         vectors = vectors - (vectors @ basis.T) @ basis
-    rest = vectors.new_empty(0, vectors.shape[1])
+    r = 0  # rows of `vectors` that are done and kept, at its top
     for vector, length in zip(vectors, lengths, strict=True):
+        done = vectors[:r]
         for _ in range(2):
-            vector = vector - (rest @ vector) @ rest
+            vector = vector - (done @ vector) @ done
         if vector.norm() > NEGLIGIBLE * length:
-            rest = torch.cat([rest, (vector / vector.norm())[None]])
-    return rest
+            vectors[r] = vector / vector.norm()
+            r += 1
+    return vectors[:r].clone()

@@ -67,6 +67,8 @@ class Reservoir:
             task = self.tasks[torch.randint(len(self), (1,), generator=random)]
             among = (self.tasks == task).nonzero()[:, 0]
         index = among[torch.randperm(len(among), generator=random)[:n]]
+        if of_one_task and len(index) == 1:
+            index = index.repeat(2)  # BatchNorm refuses a single image
         on_device = index.to(self.labels.device)
         return self.images[on_device], self.labels[on_device], self.tasks[index]
 
@@ -95,12 +97,13 @@ class Replay(Method):
         """Shared parameters and the heads of the tasks so far."""
         return trainable_parameters(self.model, range(t + 1))
 
-    def replayed_loss(self) -> Tensor | None:
-        """The mean loss over images drawn from the memory, and their number; None while it is empty."""
+    def replayed_loss(self) -> tuple[Tensor | None, int]:
+        """The mean loss over images drawn from the memory, and their number; None and 0 while it is empty."""
         if self.reservoir is None:
-            return None
+            return None, 0
         n = self.options.replay_batch or self.options.batch_size_train
-        return mixed_loss(self.model, *self.reservoir.draw(n, has_batch_statistics(self.model), self.generator))
+        drawn = self.reservoir.draw(n, has_batch_statistics(self.model), self.generator)
+        return mixed_loss(self.model, *drawn), len(drawn[0])
 
     def after_task(self, t: int, task: Task) -> None:
         """Pass the task's images through the reservoir."""
@@ -112,11 +115,12 @@ class Replay(Method):
 
     def memory_floats(self) -> int:
         """The images held."""
-        return self.reservoir.images.numel() if self.reservoir else 0
+        return self.reservoir.images.numel() if self.reservoir is not None else 0
 
     def state_dict(self) -> dict[str, Any]:
         """The memory, and where the random choices are."""
-        return {"reservoir": self.reservoir and dict(vars(self.reservoir)), "generator": self.generator.get_state()}
+        held = None if self.reservoir is None else dict(vars(self.reservoir))
+        return {"reservoir": held, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved memory."""

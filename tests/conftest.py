@@ -1,0 +1,27 @@
+"""What the tests share: runs without pictures, and the closing lines of the suite."""
+
+import os
+
+import pytest
+
+from gpm import experiment, hardware
+from gpm.files import write_text
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs save at each epoch boundary, draw no pictures, and wait neither for the disk nor for git."""
+    monkeypatch.setattr(experiment, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(experiment.plots, "accuracy_heat_map", lambda *_: None)
+    monkeypatch.setattr(experiment.plots, "memory_growth", lambda *_: None)
+    monkeypatch.setattr(experiment.plots, "save", lambda _figure, path: write_text(path, "a picture"))
+    monkeypatch.setattr(hardware, "commit", lambda: "0000")
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # it matters when the power fails, not when a process is killed
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How much was survived."""
+    from tests.faults import COUNTS
+
+    if COUNTS:
+        terminalreporter.write_line("survived: " + ", ".join(f"{n} {what}" for what, n in sorted(COUNTS.items())))

@@ -1,0 +1,232 @@
+"""Every method through whole runs: on one head and on many, and continued after a failure to the same numbers."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import main_cifar100
+import main_pmnist
+from gpm import InputError
+from gpm.checkpoint import load_checkpoint
+from gpm.experiment import Run, run
+from gpm.methods import METHODS, make_method
+from gpm.task import Split, join
+from gpm.training import evaluate, start_task, train_task
+from tests import tiny
+from tests.tiny_nets import Residual, SingleHead, method, picture_task, pictures
+
+SINGLE_HEAD = [name for name in METHODS if name != "hat"]
+MULTI_HEAD = [name for name in METHODS if name != "ogd"]
+CASES = [(name, SingleHead, tiny.benchmark) for name in SINGLE_HEAD]
+CASES += [(name, Residual, pictures) for name in MULTI_HEAD]
+cases = pytest.mark.parametrize(
+    ("name", "network", "benchmark"), [pytest.param(*case, id=f"{case[0]}-{case[1].__name__}") for case in CASES]
+)
+
+
+@pytest.fixture(autouse=True)
+def restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@cases
+def test_runs(tmp_path, quick, name, network, benchmark):
+    options = tiny.options(tmp_path, method=name, replay_batch=4, ogd_samples=5, ewc_lambda=100.0)
+    model = network()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    summary = run(options, benchmark(), model)
+    n_measured = [3] if name == "multitask" else [1, 2, 3]
+    rows = [[value for value in row if value is not None] for row in summary["accuracy"]]
+    assert [len(row) for row in rows if row] == n_measured
+    assert [len(row) for row in summary["accuracy"]] == [3, 3, 3]
+    assert summary["average_accuracy"] == pytest.approx(sum(rows[-1]) / 3)
+    assert (summary["backward_transfer"] is None) == (name == "multitask")
+    assert (summary["memory_floats"] > 0) == (name != "naive")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert any((model.state_dict()[key] != value).any() for key, value in before.items())
+    assert summary["accuracy"][-1] == [
+        evaluate_own(name, model, options, t, task) for t, task in enumerate(benchmark().tasks)
+    ] or name in ("single",)
+
+
+def evaluate_own(name, model, options, t, task):
+    return evaluate(model, t, task.test, options.batch_size_test)[1]
+
+
+@cases
+@pytest.mark.parametrize("n_epochs_done", [2, 4])  # within the first task of three epochs, and within the second
+def test_continues_after_a_failure_to_the_same_numbers(
+    tmp_path, quick, monkeypatch, name, network, benchmark, n_epochs_done
+):
+    changes = {"method": name, "schedule": "constant", "replay_batch": 4, "ogd_samples": 5, "ewc_lambda": 100.0}
+    if name == "multitask":
+        changes["n_epochs"] = 5  # it has one task only
+
+    def go(folder, model):
+        return run(tiny.options(tmp_path / folder, **changes), benchmark(), model)
+
+    whole, continued = network(), network()
+    expected = go("whole", whole)
+    with monkeypatch.context() as patch:
+        done = []
+        epoch_done = Run.epoch_done
+
+        def fail(self, *arguments):
+            epoch_done(self, *arguments)
+            done.append(arguments)
+            if len(done) == n_epochs_done:
+                raise RuntimeError("power cut")
+
+        patch.setattr(Run, "epoch_done", fail)
+        with pytest.raises(RuntimeError, match="power cut"):
+            go("cut", network())
+    torch.manual_seed(99)
+    found = go("cut", continued)
+    for key in ("accuracy", "valid_accuracy", "backward_transfer", "memory_floats", "epochs"):
+        assert found[key] == expected[key], key
+    assert tiny.epochs(tmp_path / "cut") == tiny.epochs(tmp_path / "whole")
+    states = [load_checkpoint(tiny.run_folder(tmp_path / folder)) for folder in ("whole", "cut")]
+    for key in ("model", "method"):
+        assert_close(states[1][key], states[0][key], atol=0, rtol=0)
+
+
+def test_state_is_a_snapshot():
+    """An epoch boundary's state is kept while training goes on, so nothing in it may change in place."""
+    for name, network, benchmark in CASES:
+        options = tiny.options("unused", method=name, replay_batch=4, ogd_samples=5)
+        learner = make_method(network(), options)
+        tasks = [join(benchmark().tasks, 2)] * 2 if learner.joint else benchmark().tasks
+        snapshots = []
+        for t in range(2):
+            with learner.learning(t, tasks[t]):
+                train_task(learner, t, tasks[t], options, start_task(options), lambda *_: None)
+            learner.after_task(t, tasks[t])
+            state = learner.state_dict()
+            snapshots.append((state, [leaf.clone() for leaf in leaves(state)]))
+        for state, copy in snapshots:
+            assert_close(list(leaves(state)), copy, atol=0, rtol=0, msg=name)
+
+
+def leaves(state):
+    """All tensors in nested dicts and lists."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, (dict, list)):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from leaves(value)
+
+
+# multitask
+
+
+def test_joined_tasks():
+    tasks = pictures().tasks
+    joined = join(tasks, 2)
+    for part in ("train", "valid", "test"):
+        whole = getattr(joined, part)
+        for j in range(2):
+            assert_close(whole.of_task(j), getattr(tasks[j], part), atol=0, rtol=0)
+        assert len(whole.labels) == sum(len(getattr(tasks[j], part).labels) for j in range(2))
+
+
+def test_multitask_loss_is_the_joint_loss():
+    joined = join(pictures().tasks, 3).train
+    index = torch.randperm(72, generator=torch.Generator().manual_seed(0))
+    model = Residual()
+    model.bn_stem = model.bn1 = torch.nn.Identity()  # so that an image's logits do not depend on the others
+    model.eval()
+    images, labels = joined.images[index], joined.labels[index]
+    each = [
+        -model(x[None], j).log_softmax(1)[0, y] for x, (y, j) in zip(images, labels.tolist(), strict=True)
+    ]
+    assert_close(method(model, "multitask").loss(images, labels, 2), sum(each) / 72)
+
+
+def test_multitask_validation_is_over_all_tasks():
+    benchmark, model = pictures(), Residual()
+    joined = join(benchmark.tasks, 3)
+    each = [evaluate(model, t, task.valid, 4) for t, task in enumerate(benchmark.tasks)]
+    assert evaluate(model, 2, joined.valid, 4) == pytest.approx([sum(v) / 3 for v in zip(*each, strict=True)])
+
+
+def test_multitask_batches_of_networks_with_batch_statistics_are_of_one_task():
+    labels = join(pictures().tasks, 3).train.labels
+    labels = labels[:-3]  # 24, 24 and 21 images
+    generator = torch.Generator().manual_seed(0)
+    order = method(Residual(), "multitask", batch_size_train=9).order(labels, generator)
+    assert sorted(order.tolist()) == list(range(69))
+    batches = labels[order, 1].split(9)
+    assert all(len(batch.unique()) == 1 for batch in batches[:6])
+    assert [batch[0].item() for batch in batches[:6]] != [0, 0, 1, 1, 2, 2]
+    mixed = method(SingleHead(), "multitask", batch_size_train=9).order(labels, generator)
+    assert all(len(batch.unique()) > 1 for batch in labels[mixed, 1].split(9)[:6])
+
+
+# single
+
+
+def test_single_trains_a_network_of_its_own_for_each_task(tmp_path, quick):
+    options = tiny.options(tmp_path, method="single")
+    summary = run(options, pictures(), Residual())
+    for i, row in enumerate(summary["accuracy"]):
+        assert row[: i + 1] == [summary["accuracy"][j][j] for j in range(i + 1)]
+    assert summary["backward_transfer"] == 0
+    single = make_method(Residual(), options)
+    for t in range(3):  # naive training from the same start
+        model = Residual()
+        model.load_state_dict(single.fresh(t))
+        naive = make_method(model, tiny.options(tmp_path, method="naive"))
+        train_task(naive, t, picture_task(t), naive.options, start_task(naive.options), lambda *_: None)
+        assert evaluate(model, t, picture_task(t).test, options.batch_size_test)[1] == summary["accuracy"][t][t]
+
+
+def test_single_starts_afresh():
+    model = Residual()
+    starts = {(seed, t): method(model, "single", seed=seed).fresh(t) for seed in (1, 2) for t in range(3)}
+    assert_close(starts[1, 0], dict(model.state_dict()), atol=0, rtol=0)
+    assert_close(starts[1, 2], method(model, "single", seed=1).fresh(2), atol=0, rtol=0)
+    for a, b in [((1, 0), (1, 1)), ((1, 1), (1, 2)), ((1, 1), (2, 1))]:
+        for name in ("stem.weight", "heads.1.weight"):
+            assert (starts[a][name] != starts[b][name]).double().mean() > 0.5
+            assert_close(starts[a][name].flatten().sort().values, starts[b][name].flatten().sort().values)
+
+
+# what cannot be used
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"memory_images": 0}, "memory_images is 0; it must be positive"),
+        ({"replay_batch": -1}, "replay_batch is -1; it must be positive"),
+        ({"ewc_lambda": -1.0}, "ewc_lambda is -1.0; it must be 0 or more"),
+        ({"owm_alpha": 0.0}, "owm_alpha is 0.0; it must be positive"),
+        ({"ogd_samples": 0}, "ogd_samples is 0; it must be positive"),
+        ({"hat_smax": 0.5}, "hat_smax is 0.5; it must be 1 or more"),
+        ({"hat_sparsity": -0.1}, "hat_sparsity is -0.1; it must be 0 or more"),
+    ],
+)
+def test_refuses_values_that_no_run_can_use(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        run(tiny.options(tmp_path, **changes), tiny.benchmark(), tiny.Network())
+
+
+# the scripts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("script", [main_pmnist, main_cifar100], ids=["pmnist", "cifar100"])
+def test_scripts(tmp_path, quick, name, script):
+    flags = ["--data", "embedded", "--n_tasks", "2", "--n_train", "4", "--n_epochs", "1", "--device", "cpu", "--quiet"]
+    flags += ["--method", name, "--ogd_samples", "3", "--output_dir", str(tmp_path), "--data_dir", str(tmp_path)]
+    if (name, script) in (("hat", main_pmnist), ("ogd", main_cifar100)):
+        with pytest.raises(InputError, match=f"^{name} .* head .*$"):
+            script.main(flags)
+        return
+    assert math.isfinite(script.main(flags)["average_accuracy"])
