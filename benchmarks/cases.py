@@ -45,7 +45,7 @@ class Case:
     n_valid: int
     columns: Mapping[str, int] = field(default_factory=dict)
     default_columns: float = 0.5
-    pool: int = 1024
+    pool: int = 512
     steps: int = 4
 
     def tensors(self, n: int, device: torch.device) -> Split:
@@ -96,7 +96,7 @@ CASES = {
         n_valid=6_000,
         columns={"fc1": 342, "fc2": 98, "fc3": 78},
         pool=10_000,
-        steps=300,
+        steps=200,
     ),
     "alexnet": Case(
         "CIFAR-100, AlexNet",
@@ -117,7 +117,6 @@ CASES = {
         n_train=2_375,
         n_valid=125,
         columns={"conv1": 45, "conv2": 210, "fc1": 460, "fc2": 340},
-        steps=8,
     ),
     "resnet18": Case(
         "5-datasets, ResNet18",
@@ -127,7 +126,7 @@ CASES = {
         10,
         n_train=47_500,
         n_valid=2_500,
-        pool=512,
+        pool=256,
         steps=2,
     ),
 }

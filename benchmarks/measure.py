@@ -74,7 +74,7 @@ def ratios(times: Mapping[str, list[float]], of: str, to: str) -> Spread:
 
 
 def matrix_product_rate(stopwatch: Stopwatch, repetitions: int = 7) -> float:
-    """Floating-point operations a second of a large float32 matrix product: the fastest of some, with today's threads."""
+    """Operations a second of a large float32 matrix product, the fastest of some, with the threads now set."""
     a, b = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE, device=stopwatch.device)
     stopwatch(lambda: torch.mm(a, b))
     fastest = min(stopwatch(lambda: torch.mm(a, b)) for _ in range(repetitions))

@@ -110,6 +110,9 @@ def write_cache(folder: Path, raw: RawSet) -> None:
 
 def _open(path: Path) -> np.ndarray:
     try:
+        with path.open("rb") as file:
+            if file.read(6) != b"\x93NUMPY":  # np.load would take it for an archive or a pickle
+                raise ValueError("not an array file")
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError, OverflowError, SyntaxError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

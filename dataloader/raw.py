@@ -51,8 +51,9 @@ def _fill_cache(name: str, data_dir: Path, folder: Path) -> None:
 
 def _way_out(name: str, folder: Path, error: Exception) -> str:
     """One line: what failed, where the files belong, and how to do without them."""
-    refusal = re.search(r"urlopen error (?:\[[^]]*\] )?([^>]+)>", str(error))  # urllib's wrapping says nothing more
-    reason = refusal[1] if refusal else " ".join(str(error).split()) or type(error).__name__
+    reason = " ".join(str(error).split()) or type(error).__name__
+    refusal = re.search(r"urlopen error (?:\[[^]]*\] )?([^>]+)>", reason)  # urllib's wrapping says nothing more
+    reason = refusal[1] if refusal else reason
     files = ", ".join(cache.missing_files(folder))
     archive = " (or notMNIST_small.tar.gz)" if name == "notmnist" else ""
     return (

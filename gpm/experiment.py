@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from gpm import batchnorm, hardware, metrics, plots
@@ -105,6 +106,7 @@ class Run:
 
     def learn(self, t: int, task: Task, seen: list[dict[str, Split]]) -> None:
         """Train on task t, let the method remember it, and test all tasks so far."""
+        check_outputs(self.method.model, t, task)
         if self.task_progress is None:
             self.task_progress = start_task(self.options)
         with self.method.learning(t, task):
@@ -260,6 +262,14 @@ class Run:
         write_json(self.folder / "summary.json", summary)
         print_result(summary, self.folder)
         return summary
+
+
+@torch.no_grad()
+def check_outputs(model: nn.Module, t: int, task: Task) -> None:
+    """Raise InputError where a model has fewer outputs than the task has classes."""
+    outputs = model.eval()(task.test.images[:2], t).shape[1]
+    if outputs < task.n_classes:
+        raise InputError(f"{type(model).__name__} has {outputs} outputs for the {task.n_classes} classes of {task.name}")
 
 
 def print_result(summary: dict[str, Any], folder: Path) -> None:

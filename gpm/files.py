@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,7 +41,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # renamed already, or on a file system that became read-only
+                temporary.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ def hold(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / HOLDER).unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may have become read-only, and what that stopped is reported already
+            (folder / HOLDER).unlink()
         lock.release()
 
 

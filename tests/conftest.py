@@ -1,11 +1,24 @@
 """What the tests share: runs without pictures, and the closing lines of the suite."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from gpm import experiment, hardware
 from gpm.files import write_text
+
+
+@pytest.fixture(scope="session")
+def real_data_dir() -> Path:
+    """The folder with the real images; a test that asks for it is skipped where there is none."""
+    folder = Path(os.environ.get("GPM_DATA_DIR", "data"))
+    missing = [
+        n for n in ("mnist", "fashion_mnist", "notmnist", "cifar100") if not (folder / n / "test_labels.npy").is_file()
+    ]
+    if missing:
+        pytest.skip(f"no real images of {', '.join(missing)} in {folder}; set GPM_DATA_DIR")
+    return folder
 
 
 @pytest.fixture

@@ -216,5 +216,7 @@ def test_refuses_what_it_cannot_gate(layer, message):
 def test_refuses_one_head_for_all_tasks():
     model = tiny.Network()
     del model.heads
-    with pytest.raises(InputError, match="^hat gates units by task, so it needs a head for each task: Network has one$"):
+    with pytest.raises(
+        InputError, match="^hat gates units by task, so it needs a head for each task: Network has one$"
+    ):
         method(model, "hat")

@@ -1,20 +1,21 @@
 """Every method through whole runs: on one head and on many, and continued after a failure to the same numbers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn import functional as F
 from torch.testing import assert_close
 
-import main_cifar100
 import main_pmnist
+from dataloader import cifar100
 from gpm import InputError
 from gpm.checkpoint import load_checkpoint
 from gpm.experiment import Run, run
 from gpm.methods import METHODS, make_method
 from gpm.task import Split, join
 from gpm.training import evaluate, start_task, train_task
+from models import AlexNet
 from tests import tiny
 from tests.tiny_nets import Residual, SingleHead, method, picture_task, pictures
 
@@ -49,13 +50,9 @@ def test_runs(tmp_path, quick, name, network, benchmark):
     assert (summary["memory_floats"] > 0) == (name != "naive")
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert any((model.state_dict()[key] != value).any() for key, value in before.items())
-    assert summary["accuracy"][-1] == [
-        evaluate_own(name, model, options, t, task) for t, task in enumerate(benchmark().tasks)
-    ] or name in ("single",)
-
-
-def evaluate_own(name, model, options, t, task):
-    return evaluate(model, t, task.test, options.batch_size_test)[1]
+    if name != "single":  # which leaves the last task's network only
+        left = [evaluate(model, t, task.test, options.batch_size_test)[1] for t, task in enumerate(benchmark().tasks)]
+        assert summary["accuracy"][-1] == left
 
 
 @cases
@@ -92,7 +89,7 @@ def test_continues_after_a_failure_to_the_same_numbers(
     assert tiny.epochs(tmp_path / "cut") == tiny.epochs(tmp_path / "whole")
     states = [load_checkpoint(tiny.run_folder(tmp_path / folder)) for folder in ("whole", "cut")]
     for key in ("model", "method"):
-        assert_close(states[1][key], states[0][key], atol=0, rtol=0)
+        assert_close(list(leaves(states[1][key])), list(leaves(states[0][key])), atol=0, rtol=0)
 
 
 def test_state_is_a_snapshot():
@@ -141,9 +138,7 @@ def test_multitask_loss_is_the_joint_loss():
     model.bn_stem = model.bn1 = torch.nn.Identity()  # so that an image's logits do not depend on the others
     model.eval()
     images, labels = joined.images[index], joined.labels[index]
-    each = [
-        -model(x[None], j).log_softmax(1)[0, y] for x, (y, j) in zip(images, labels.tolist(), strict=True)
-    ]
+    each = [-model(x[None], j).log_softmax(1)[0, y] for x, (y, j) in zip(images, labels.tolist(), strict=True)]
     assert_close(method(model, "multitask").loss(images, labels, 2), sum(each) / 72)
 
 
@@ -216,17 +211,36 @@ def test_refuses_values_that_no_run_can_use(tmp_path, changes, message):
         run(tiny.options(tmp_path, **changes), tiny.benchmark(), tiny.Network())
 
 
-# the scripts
+# the benchmarks
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_permuted_mnist(tmp_path, quick, name):
+    flags = ["--data", "embedded", "--n_tasks", "2", "--n_train", "4", "--n_epochs", "1", "--device", "cpu", "--quiet"]
+    flags += ["--method", name, "--ogd_samples", "3", "--output_dir", str(tmp_path), "--data_dir", str(tmp_path)]
+    if name == "hat":
+        with pytest.raises(InputError, match="^hat gates .* needs a head for each task: MLP has one$"):
+            main_pmnist.main(flags)
+        return
+    assert main_pmnist.main(flags)["average_accuracy"] > 5
+
+
+@pytest.fixture(scope="module")
+def small_cifar100(tmp_path_factory):
+    """Two tasks of a few images each."""
+    whole = cifar100.load(seed=1, n_tasks=2, n_train=6, data="embedded", data_dir=tmp_path_factory.mktemp("data"))
+    cut = lambda split: Split(split.images[:16], split.labels[:16])  # noqa: E731
+    tasks = [
+        replace(task, valid=cut(task.valid), test=cut(task.test)) for task in map(whole.tasks.__getitem__, range(2))
+    ]
+    return replace(whole, tasks=tasks)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("script", [main_pmnist, main_cifar100], ids=["pmnist", "cifar100"])
-def test_scripts(tmp_path, quick, name, script):
-    flags = ["--data", "embedded", "--n_tasks", "2", "--n_train", "4", "--n_epochs", "1", "--device", "cpu", "--quiet"]
-    flags += ["--method", name, "--ogd_samples", "3", "--output_dir", str(tmp_path), "--data_dir", str(tmp_path)]
-    if (name, script) in (("hat", main_pmnist), ("ogd", main_cifar100)):
-        with pytest.raises(InputError, match=f"^{name} .* head .*$"):
-            script.main(flags)
-        return
-    assert math.isfinite(script.main(flags)["average_accuracy"])
+@pytest.mark.parametrize("name", MULTI_HEAD)
+def test_cifar100(tmp_path, quick, small_cifar100, name):
+    torch.manual_seed(1)
+    options = tiny.options(tmp_path, method=name, n_tasks=2, n_epochs=1, batch_size_train=16, lr=0.01)
+    summary = run(options, small_cifar100, AlexNet([10, 10]))
+    assert all(math.isfinite(epoch["train_loss"]) for epoch in tiny.epochs(tmp_path))
+    assert 0 <= summary["average_accuracy"] <= 100

@@ -122,7 +122,7 @@ def test_help_shows_every_flag_with_its_meaning_and_default(name, monkeypatch, c
     assert stopped.value.code == 0
     entries = re.split(r"\n  (?=--)", capsys.readouterr().out)  # one a flag
     for field in dataclasses.fields(importlib.import_module(name).Hyperparameters):
-        (entry,) = [entry for entry in entries if re.match(f"--{field.name}\s", entry)]
+        (entry,) = [entry for entry in entries if re.match(rf"--{field.name}\s", entry)]
         assert field.metadata["help"] in entry
         default = default_of(field)
         if default not in (None, False, {}):

@@ -32,7 +32,7 @@ class SingleHead(nn.Module):
 
 
 class Residual(nn.Module):
-    """Convolutions with batch-statistics BatchNorm, a residual sum, maps flattened into a Linear, a head for each task."""
+    """Convolutions with BatchNorm, a residual sum, maps flattened into a Linear, a head for each task."""
 
     def __init__(self, n_tasks: int = 3, seed: int = 0) -> None:
         super().__init__()
