@@ -46,15 +46,15 @@ class FusedChain:
 
         Args:
             order: (n,) the order of the images.
-            batches: (start, stop) of each batch, in places of `order`.
+            batches: (start, stop) of each batch, in places of `order`, which they cover one after another.
             lr: learning rate.
         """
         images, labels = self.train.images[order], self.train.labels[order]
         projected = images if self.projected_images is self.train.images else self.projected_images[order]
         targets = F.one_hot(labels, self.weights[-1].shape[0]).to(images.dtype)  # (n, classes)
-        logits = torch.empty_like(targets)
-        for start, stop in batches:
-            logits[start:stop] = self.step(images[start:stop], projected[start:stop], targets[start:stop], lr)
+        sizes = [stop - start for start, stop in batches]
+        parts = zip(images.split(sizes), projected.split(sizes), targets.split(sizes), strict=True)
+        logits = torch.cat([self.step(*part, lr) for part in parts])
         return F.cross_entropy(logits, labels).item()
 
     def step(self, images: Tensor, projected: Tensor, targets: Tensor, lr: float) -> Tensor:

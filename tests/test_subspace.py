@@ -170,11 +170,12 @@ def test_rounding_of_single_precision_is_no_direction(n):
         assert extend_basis(orthonormal(60, 0), representation, 1.0).shape == (60, 7)
 
 
-def test_a_weak_direction_comes_out_orthonormal():
-    # Nearly all of R lies in the basis; what is left is six orders of magnitude shorter.
-    basis = orthonormal(40, 10)
-    for n in (6, 200):
-        representation = basis @ normal(10, n) + 1e-6 * low_rank(40, n, 3)
+@pytest.mark.parametrize(("n", "length"), [(6, 1e-6), (6, 1e-10), (6, 1e-12), (200, 1e-6)])
+def test_a_weak_direction_comes_out_orthonormal(n, length):
+    # Nearly all of R lies in the basis; what is left is orders of magnitude shorter.
+    for seed in range(10):
+        basis = orthonormal(40, 10, seed=seed)
+        representation = basis @ normal(10, n, seed=seed) + length * low_rank(40, n, 3, seed=seed)
         extended = extend_basis(basis, representation, 1.0)
         assert extended.shape == (40, 13)
         assert_close(extended.T @ extended, torch.eye(13, dtype=torch.float64), atol=1e-13, rtol=0)

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from gpm.errors import DivergenceError
 from gpm.experiment import run
+from gpm.methods.base import trainable_parameters
 from gpm.task import Benchmark, Split, Task, batches
 from gpm.training import Plateau, evaluate
 from models import MLP
@@ -160,6 +161,14 @@ def test_only_the_current_head_is_trained(tmp_path):
         True,
     ]
     assert not torch.equal(model.fc1.weight, before["fc1.weight"])
+
+
+def test_the_optimiser_holds_shared_weights_and_the_current_head():
+    model = tiny.Network()
+    model.norm.weight.requires_grad_(False)
+    names = {id(p): name for name, p in model.named_parameters()}
+    shared = ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "norm.bias"]
+    assert [names[id(p)] for p in trainable_parameters(model, [1])] == [*shared, "heads.1.weight"]
 
 
 class Recorder(tiny.Network):
