@@ -267,9 +267,11 @@ class Run:
 @torch.no_grad()
 def check_outputs(model: nn.Module, t: int, task: Task) -> None:
     """Raise InputError where a model has fewer outputs than the task has classes."""
-    outputs = model.eval()(task.test.images[:2], t).shape[1]
+    outputs = model.eval()(task.train.images[:2], t).shape[1]
     if outputs < task.n_classes:
-        raise InputError(f"{type(model).__name__} has {outputs} outputs for the {task.n_classes} classes of {task.name}")
+        raise InputError(
+            f"{type(model).__name__} has {outputs} outputs for the {task.n_classes} classes of {task.name}"
+        )
 
 
 def print_result(summary: dict[str, Any], folder: Path) -> None:

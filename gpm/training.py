@@ -140,7 +140,9 @@ def train_task(
     model, schedule = method.model, progress.schedule
     plateau = options.schedule == "plateau"
     if plateau and not len(task.valid.labels):
-        raise InputError(f"schedule is plateau, but {task.name} has no validation images; hold some out or use constant")
+        raise InputError(
+            f"schedule is plateau, but {task.name} has no validation images; hold some out or use constant"
+        )
     optimizer = torch.optim.SGD(method.parameters(t), lr=schedule.lr, momentum=options.momentum)
     if progress.optimizer is not None:
         optimizer.load_state_dict(progress.optimizer)

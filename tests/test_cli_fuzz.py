@@ -87,7 +87,9 @@ def test_config_of_odd_values_gives_options_or_one_line(tmp_path, capsys):
     names = [field.name for field in dataclasses.fields(main_pmnist.Hyperparameters)]
 
     @settings(FEW, max_examples=250)
-    @given(st.dictionaries(st.sampled_from(names), json_values, min_size=1, max_size=2), st.integers(0, 30), json_values)
+    @given(
+        st.dictionaries(st.sampled_from(names), json_values, min_size=1, max_size=2), st.integers(0, 30), json_values
+    )
     def check(changes, kind, whole):
         COUNTS["command lines tried"] += 1
         config = {"hyperparameters": vars(main_pmnist.Hyperparameters()) | changes}
@@ -134,7 +136,9 @@ def small_runs(draw):
         elif name == "method":
             values = [draw(st.sampled_from(list(METHODS)))]
         elif isinstance(default, dict):
-            values = [f"{draw(st.sampled_from(['fc1', 'fc2', 'fc', 'heads']))}={draw(st.sampled_from([0, 1, 5, 10**9]))}"]
+            values = [
+                f"{draw(st.sampled_from(['fc1', 'fc2', 'fc', 'heads']))}={draw(st.sampled_from([0, 1, 5, 10**9]))}"
+            ]
         elif isinstance(default, str) or choices:
             values = [draw(st.sampled_from(CHOICES[name]))]
         elif isinstance(default, tuple):

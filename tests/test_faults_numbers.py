@@ -24,7 +24,9 @@ class TestDivergence:
         code = fork_and_wait(lambda: small_run(tmp_path / "run", lr=1e30), tmp_path / "log")
         assert code == 3
         (line,) = [line for line in (tmp_path / "log").read_text().splitlines() if "error:" in line]
-        assert re.search(r"error: the loss is no longer finite: task 1, epoch 1, step \d+, .* went first; lr was 1", line)
+        assert re.search(
+            r"error: the loss is no longer finite: task 1, epoch 1, step \d+, .* went first; lr was 1", line
+        )
         assert "Traceback" not in (tmp_path / "log").read_text()
 
     @pytest.mark.parametrize("step", ["auto", "eager"])

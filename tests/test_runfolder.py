@@ -206,7 +206,13 @@ class TestConfig:
 
     def test_repeats_every_value(self, tmp_path):
         hyperparameters = main_pmnist.Hyperparameters(
-            lr=1e-7, threshold=(0.1, 0.2, 0.3), samples={"fc1": 2}, n_samples="all", n_train=3, tf32=True, replay_batch=2
+            lr=1e-7,
+            threshold=(0.1, 0.2, 0.3),
+            samples={"fc1": 2},
+            n_samples="all",
+            n_train=3,
+            tf32=True,
+            replay_batch=2,
         )
         path = tmp_path / "config.json"
         path.write_text(json.dumps({"hyperparameters": vars(hyperparameters)}))

@@ -130,10 +130,11 @@ def test_help_shows_every_flag_with_its_meaning_and_default(name, monkeypatch, c
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
+def refused(monkeypatch, capsys, tmp_path):
     """What a script says on stderr before it exits with code 2; it must be one line."""
 
     def call(name: str, *arguments: object) -> str:
+        monkeypatch.chdir(tmp_path)  # where the run folder would be, if it got so far
         monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which `script` replaces
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
@@ -219,14 +220,17 @@ def test_task_order_that_was_not_published(order, refused, data_dir):
     assert f"t_order is {order}" in refused("main_cifar100_superclass", *tiny)
 
 
-@pytest.mark.xfail(strict=True, reason="main_pmnist.py does not check it yet")
-def test_fewer_outputs_than_digits(refused, data_dir):
-    assert "n_outputs" in refused("main_pmnist", *TINY, "--data_dir", data_dir, "--n_outputs", 9)
-
-
-@pytest.mark.xfail(strict=True, reason="main_pmnist.py does not check it yet")
-def test_no_hidden_units(refused, data_dir):
-    assert "n_hidden" in refused("main_pmnist", *TINY, "--data_dir", data_dir, "--n_hidden", 0)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--n_outputs", 9], "MLP has 9 outputs for the 10 classes of permutation 0"),
+        (["--n_hidden", 0], "an MLP of 784, 0 and 10 units; every layer must have at least 1"),
+    ],
+    ids=["fewer outputs than digits", "no hidden units"],
+)
+def test_units_that_make_no_network(flags, message, refused, data_dir, tmp_path):
+    tiny = [*TINY, "--data_dir", data_dir, "--output_dir", tmp_path, "--quiet"]
+    assert message in refused("main_pmnist", *tiny, *flags)
 
 
 def cut_off(path: Path) -> None:
