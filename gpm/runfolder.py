@@ -92,8 +92,8 @@ class LoadedRun:
         memory: the model's bases; None for methods without.
         config: the content of config.json.
         summary: the content of summary.json; None while the run is unfinished.
-        statistics: with `--batchnorm task`, by task what `gpm.batchnorm.fixed_statistics(model, statistics[t])` needs to
-            test as the run did; else empty.
+        statistics: with `--batchnorm task`, by task what `gpm.batchnorm.fixed_statistics(model, statistics[t])` needs
+            to test as the run did; else empty.
     """
 
     model: nn.Module

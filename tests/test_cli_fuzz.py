@@ -25,7 +25,12 @@ JUNK = [
     *("fc1=0", "fc=9", "fc1=" + "9" * 30, "a=1=2", "..", "../..", "/", "~", "%s", "%(prog)s", "{}", "[]", "é🎲\u202e"),
     *("gpm", "naive", "cuda", "cpu", "cuda:99", "cpu:0", "meta", "mps", "bf16", "task", "plateau", "--lr", "@file"),
 ]
-FEW = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+FEW = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
 value = st.one_of(st.sampled_from(JUNK), text, st.integers().map(str), st.floats().map(str))
 

@@ -142,6 +142,13 @@ def test_multitask_loss_is_the_joint_loss():
     assert_close(method(model, "multitask").loss(images, labels, 2), sum(each) / 72)
 
 
+def test_multitask_moves_the_heads_of_all_tasks(tmp_path, quick):
+    model = Residual()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run(tiny.options(tmp_path, method="multitask", n_epochs=1), pictures(), model)
+    assert all((p != before[name]).any() for name, p in model.named_parameters())
+
+
 def test_multitask_validation_is_over_all_tasks():
     benchmark, model = pictures(), Residual()
     joined = join(benchmark.tasks, 3)
