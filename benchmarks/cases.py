@@ -46,7 +46,7 @@ class Case:
     columns: Mapping[str, int] = field(default_factory=dict)
     default_columns: float = 0.5
     pool: int = 512
-    steps: int = 4
+    steps: int = 2
 
     def tensors(self, n: int, device: torch.device) -> Split:
         """n random images, smooth as natural ones are, and labels."""
@@ -127,6 +127,5 @@ CASES = {
         n_train=47_500,
         n_valid=2_500,
         pool=256,
-        steps=2,
     ),
 }

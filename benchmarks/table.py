@@ -37,7 +37,7 @@ def rows(result: dict[str, Any]) -> list[str]:
     for i, (form, step) in enumerate(result["steps"].items()):
         dense = step["seconds"].get("dense")
         cells = [
-            f"{result['title']}, batch {result['batch_size']}, {form}",
+            f"{result['title']}, batch {result['batch_size']}{threads(result)}, {form}",
             milliseconds(step["seconds"]["alone"]["median"]),
             milliseconds(step["seconds"]["projected"]["median"]),
             ratio(step["ratio"]["projected"]),
@@ -47,6 +47,12 @@ def rows(result: dict[str, Any]) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def threads(result: dict[str, Any]) -> str:
+    """How many CPU threads; nothing on a GPU."""
+    n = result["threads"]
+    return "" if n is None else f", {n} thread{'s' if n > 1 else ''}"
 
 
 def shared(result: dict[str, Any]) -> list[str]:

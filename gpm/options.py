@@ -10,6 +10,9 @@ from typing import Any
 from gpm.errors import InputError
 
 
+LARGEST = 1e30  # of any number: beyond, float32 arithmetic on it overflows
+
+
 def flag(default: Any, help: str, *, affects_results: bool = True, **parser_arguments: Any) -> Any:
     """A dataclass field that is also a command-line flag.
 
@@ -93,7 +96,7 @@ class Options:
     replay_batch: int | None = flag(
         None, "a_gem, er: images drawn from the memory at each step; default --batch_size_train"
     )
-    ewc_lambda: float = flag(5000.0, "ewc: weight λ of the penalty λ/2 Σ F (θ - θ*)²")
+    ewc_lambda: float = flag(50.0, "ewc: weight λ of the penalty λ/2 Σ F (θ - θ*)²")
     owm_alpha: float = flag(
         1.0, "owm: α of the projector α (α I + Σ x xᵀ)⁻¹; the larger, the more directions stay free to learn in"
     )
@@ -140,6 +143,9 @@ class Options:
 
 def check(options: Options) -> None:
     """Raise InputError, in one line, for values that no run can use."""
+    for name, value in vars(options).items():
+        if isinstance(value, float):
+            _require(abs(value) <= LARGEST, name, value, f"a number of at most {LARGEST:g}")
     for name in ("n_tasks", "n_epochs", "batch_size_train", "batch_size_test", "lr", "lr_min", "lr_patience"):
         _require(getattr(options, name) > 0, name, getattr(options, name), "positive")
     _require(0 <= options.seed < 2**63, "seed", options.seed, "in [0, 2**63)")

@@ -100,9 +100,10 @@ def count_directions(energies: Tensor, captured: Tensor | float, threshold: floa
 def orthogonal_complement(basis: Tensor) -> Tensor:
     """An orthonormal basis N (d, d - k) of the complement of the columns of `basis` (d, k), by Householder QR."""
     d, k = basis.shape
-    if k == 0:
-        return torch.eye(d, dtype=basis.dtype, device=basis.device)
-    return torch.linalg.qr(basis, mode="complete").Q[:, k:]
+    last = torch.eye(d, dtype=basis.dtype, device=basis.device)[:, k:]
+    if k in (0, d):
+        return last
+    return torch.ormqr(*torch.geqrf(basis), last)  # Q times the last unit vectors, without the rest of Q
 
 
 def _remove(basis: Tensor, columns: Tensor) -> Tensor:

@@ -105,14 +105,13 @@ def test_script_that_has_not_begun_its_run_stops_in_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_signal_before_any_line_of_the_engine_loses_nothing(tmp_path):
+def test_signal_before_any_line_loses_nothing(tmp_path):
     shorter = dict(n_tasks=2, n_epochs=2, batch_size_train=30)
     small_run(tmp_path / "whole", **shorter)
     expected = outcome(tmp_path / "whole")
     lines = trace(lambda: small_run(tmp_path / "traced", **shorter))
-    files = ("experiment.py", "training.py")
     stopped = 0
-    for n in moments(lines, files, 15, seed=1):
+    for n in moments(lines, ("training.py",), 60, seed=1):
         folder = tmp_path / str(n)
         try:
             signalled_at(n, signal.SIGTERM, lambda folder=folder: small_run(folder, **shorter))
@@ -120,7 +119,7 @@ def test_signal_before_any_line_of_the_engine_loses_nothing(tmp_path):
             stopped += 1
         small_run(folder, **shorter)
         assert outcome(folder) == expected, f"stopped at {lines[n]}"
-    assert stopped > 100
+    assert stopped > 80
     COUNTS["runs stopped by a signal"] += stopped
 
 

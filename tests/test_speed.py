@@ -72,8 +72,8 @@ def test_one_command_measures_records_and_prints(small, tmp_path, capsys):
     assert mlp["memory"]["plain_layers"] == ["fc3"]
     assert {"hardware", "versions", "commit", "clock", "date"} <= mlp["environment"].keys()
     printed = capsys.readouterr().out
-    assert "| tiny MLP, batch 4, by hand |" in printed
-    assert "| tiny CNN, batch 4, eager |" in printed
+    assert "| tiny MLP, batch 4, 1 thread, by hand |" in printed
+    assert "| tiny CNN, batch 4, 1 thread, eager |" in printed
 
 
 def test_flops_of_a_step_are_those_of_its_matrix_products():

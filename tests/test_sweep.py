@@ -126,9 +126,10 @@ def test_no_more_than_n_at_once(tmp_path):
 @pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_every_run(tmp_path, signal_number, code):
     program = f"""
-import sys
+import signal, sys
 from pathlib import Path
 from gpm import sweep
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts the tests may have them ignore it
 jobs = [sweep.Job(n, (sys.executable, "-u", "-c", {FAKE!r}, f"{tmp_path}/{{n}}", "60"), Path("{tmp_path}", n + ".log"))
         for n in "ab"]
 sweep.make_jobs = lambda args, passed_on: jobs

@@ -74,3 +74,18 @@ def method(model: nn.Module, name: str, **changes: Any) -> Method:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def learn(method: Method, t: int, steps: int = 5) -> None:
+    """A few full-batch steps on a tiny task, then what the method does after it."""
+    task = tiny.task(t)
+    with method.learning(t, task):
+        optimizer = torch.optim.SGD(method.parameters(t), lr=0.05)
+        method.model.train()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            method.loss(*task.train, t).backward()
+            method.after_backward(t)
+            optimizer.step()
+            method.after_step(t)
+    method.after_task(t, task)
