@@ -12,7 +12,6 @@ from gpm.task import Split
 from tests import tiny
 from tests.tiny_nets import Residual, SingleHead, gradients, learn, method, picture_task
 
-
 # EWC
 
 
