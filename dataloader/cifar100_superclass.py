@@ -90,14 +90,15 @@ def load(
     check_common(seed=seed, n_tasks=n_tasks, most=20, pc_valid=pc_valid, n_train=n_train, protocol=protocol)
     if not 0 <= t_order < len(TASK_ORDERS):
         raise InputError(f"t_order is {t_order}; it must be 0 to {len(TASK_ORDERS) - 1}")
-    opened = open_sets(["cifar100"], data, data_dir)
+    source = "cifar100" if data == "real" else "cifar100_superclass"  # the stand-in is a set of its own
+    opened = open_sets([source], data, data_dir)
     released = protocol == "released"
     split_seed, fraction = (0, 0.05) if released else (seed, pc_valid)
 
     def build(t: int) -> Task:
         superclass = TASK_ORDERS[t_order][t]
         return class_task(
-            opened.sets["cifar100"],
+            opened.sets[source],
             np.flatnonzero(np.array(SUPERCLASS_OF) == superclass),
             scrambled_images if released else lambda images: normalise(images, MEAN, STD),
             name=SUPERCLASSES[superclass],

@@ -1,4 +1,4 @@
-"""Five ways to turn a mask of ink into an image, as different from each other as the sets of 5-datasets are.
+"""Six ways to turn a mask of ink into an image, as different from each other as the sets of 5-datasets are.
 
 Every painter takes masks (n, side, side) float32 in [0, 1] and a generator, and returns (n, side, side) grey or
 (n, side, side, 3) colour images, float, of which only [0, 1] is to be kept.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 NOISE = 0.05  # standard deviation; white is 1
+HAZE = 0.22
 
 
 def chalk(masks: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -53,15 +54,34 @@ def scene(
         n_palettes: how many there are to be told apart.
         accent: 0 to 4; decides the shape's usual colour and the stripes' usual direction, with much overlap.
     """
-    ground_hue = palette / n_palettes + generator.normal(0, 0.03, size=len(masks))
-    shape_hue = ground_hue + 0.3 + 0.1 * accent + generator.normal(0, 0.06, size=len(masks))
     angle = np.pi * accent / 5
-    width = 0.08 + 0.2 * (palette * 7 % n_palettes) / n_palettes  # neighbouring hues get different widths
-    stripes = _stripes(generator, masks, (angle - 0.35, angle + 0.35), (width, width + 0.05))[..., None]
-    ground = _colour(ground_hue, generator.uniform(0.3, 0.6, size=len(masks)))
-    ground = ground * (0.8 + 0.2 * stripes)
+    ground, ground_hue = _striped(masks, generator, palette, n_palettes, angles=(angle - 0.35, angle + 0.35))
+    shape_hue = ground_hue + 0.3 + 0.1 * accent + generator.normal(0, 0.06, size=len(masks))
     shape = _colour(shape_hue, generator.uniform(0.75, 1.0, size=len(masks)))
     return _noisy(ground + masks[..., None] * (shape - ground), generator)
+
+
+def haze(masks: np.ndarray, generator: np.random.Generator, *, palette: int, n_palettes: int) -> np.ndarray:
+    """A faint shape of any colour before a striped ground, in strong noise: its form alone tells the class.
+
+    Args:
+        palette, n_palettes: as in `scene`.
+    """
+    ground, ground_hue = _striped(masks, generator, palette, n_palettes, angles=(0.0, np.pi))
+    shape = _colour(ground_hue + generator.uniform(0.3, 0.8, size=len(masks)), generator.uniform(0.75, 1, len(masks)))
+    strength = generator.uniform(0.5, 1.0, size=(len(masks), 1, 1, 1))
+    picture = ground + strength * masks[..., None] * (shape - ground)
+    return picture + generator.normal(0, HAZE, size=picture.shape)
+
+
+def _striped(
+    masks: np.ndarray, generator: np.random.Generator, palette: int, n_palettes: int, angles: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A striped ground (n, side, side, 3) and its hue (n,); the palette decides hue and width of the stripes."""
+    hue = palette / n_palettes + generator.normal(0, 0.03, size=len(masks))
+    width = 0.08 + 0.2 * (palette * 7 % n_palettes) / n_palettes  # neighbouring hues get different widths
+    stripes = _stripes(generator, masks, angles, (width, width + 0.05))[..., None]
+    return _colour(hue, generator.uniform(0.3, 0.6, size=len(masks))) * (0.8 + 0.2 * stripes), hue
 
 
 def _each(generator: np.random.Generator, masks: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from dataloader import cifar100_superclass, embedded, five_datasets, pmnist
-from dataloader.cache import SPECS
 from gpm.errors import InputError
 
 
@@ -15,12 +14,12 @@ def few(monkeypatch):
         monkeypatch.setitem(embedded.RECIPES, name, recipe._replace(n_train=4, n_test=2))
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", embedded.RECIPES)
 def test_same_bytes_in_the_published_shape(name, few):
     raw = embedded.render(name)
     for ours, again in zip(raw, embedded.render(name), strict=True):
         np.testing.assert_array_equal(ours, again)
-    spec = SPECS[name]
+    spec = embedded.spec(name)
     assert raw.train_images.shape == (4 * spec.n_classes, *spec.shape) and raw.train_images.dtype == np.uint8
     assert np.bincount(raw.train_labels).tolist() == [4] * spec.n_classes
     assert len({i.tobytes() for i in [*raw.train_images, *raw.test_images]}) == 6 * spec.n_classes, "an image repeats"
