@@ -9,7 +9,6 @@ from typing import Any
 
 from gpm.errors import InputError
 
-
 LARGEST = 1e30  # of any number: beyond, float32 arithmetic on it overflows
 
 
