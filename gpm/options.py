@@ -9,7 +9,7 @@ from typing import Any
 
 from gpm.errors import InputError
 
-LARGEST = 1e30  # of any number: beyond, float32 arithmetic on it overflows
+LARGEST = 3.4e38  # of any number: float32 has none beyond
 
 
 def flag(default: Any, help: str, *, affects_results: bool = True, **parser_arguments: Any) -> Any:
@@ -95,9 +95,9 @@ class Options:
     replay_batch: int | None = flag(
         None, "a_gem, er: images drawn from the memory at each step; default --batch_size_train"
     )
-    ewc_lambda: float = flag(50.0, "ewc: weight λ of the penalty λ/2 Σ F (θ - θ*)²")
+    ewc_lambda: float = flag(20.0, "ewc: weight λ of the penalty λ/2 Σ F (θ - θ*)², with F the Fisher of one image")
     owm_alpha: float = flag(
-        1.0, "owm: α of the projector α (α I + Σ x xᵀ)⁻¹; the larger, the more directions stay free to learn in"
+        100.0, "owm: α of the projector α (α I + Σ x xᵀ)⁻¹; the larger, the more directions stay free to learn in"
     )
     ogd_samples: int = flag(200, "ogd: images of each task whose logit gradients are stored; the paper's number")
     hat_smax: float = flag(400.0, "hat: slope of the gates at test, the largest in training")
@@ -142,9 +142,6 @@ class Options:
 
 def check(options: Options) -> None:
     """Raise InputError, in one line, for values that no run can use."""
-    for name, value in vars(options).items():
-        if isinstance(value, float):
-            _require(abs(value) <= LARGEST, name, value, f"a number of at most {LARGEST:g}")
     for name in ("n_tasks", "n_epochs", "batch_size_train", "batch_size_test", "lr", "lr_min", "lr_patience"):
         _require(getattr(options, name) > 0, name, getattr(options, name), "positive")
     _require(0 <= options.seed < 2**63, "seed", options.seed, "in [0, 2**63)")
@@ -175,6 +172,9 @@ def check(options: Options) -> None:
             round(threshold + last, 6),
             "in (0, 1]",
         )
+    for name, value in vars(options).items():
+        if isinstance(value, float):
+            _require(abs(value) <= LARGEST, name, value, f"a number of at most {LARGEST:g}")
 
 
 def _require(condition: bool, name: str, value: Any, wanted: str) -> None:

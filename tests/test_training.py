@@ -264,5 +264,5 @@ def test_the_fast_step_of_the_perceptron_is_the_plain_one(tmp_path, method, dtyp
 
 
 def test_divergence_is_an_error_that_says_where(tmp_path):
-    with pytest.raises(DivergenceError, match=r"no longer finite: task 1, epoch 1, step \d.*lr was 1e\+200"):
-        run(tiny.options(tmp_path, lr=1e200), tiny.benchmark(), tiny.Network())
+    with pytest.raises(DivergenceError, match=r"no longer finite: task 1, epoch 1, step \d.*lr was 1e\+38"):
+        run(tiny.options(tmp_path, lr=1e38), tiny.benchmark(), tiny.Network())

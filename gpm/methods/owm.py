@@ -30,7 +30,8 @@ class OWM(Method):
     of the weights that are to be kept. Normalisation parameters are frozen after the first task and heads are not
     protected, as for GPM.
 
-    Hyperparameters: `owm_alpha` (α).
+    Hyperparameters: `owm_alpha` (α, 100). It competes with a sum over batches: with more batches a task the same α
+    leaves less freedom.
 
     Stores Σ d² floats over the layers.
     """
