@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 NOISE = 0.05  # standard deviation; white is 1
-HAZE = 0.22
+HAZE = 0.07  # of `haze`
 
 
 def chalk(masks: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -62,7 +62,7 @@ def scene(
 
 
 def haze(masks: np.ndarray, generator: np.random.Generator, *, palette: int, n_palettes: int) -> np.ndarray:
-    """A faint shape of any colour before a striped ground, in strong noise: its form alone tells the class.
+    """A faint shape of any colour before a striped ground, in noise: its form alone tells the class.
 
     Args:
         palette, n_palettes: as in `scene`.
