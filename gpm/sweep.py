@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from gpm import report
+from gpm import comparison, report, summaries, tables
 from gpm.cli import Parser
 from gpm.errors import InputError
 from gpm.methods import METHODS
@@ -106,9 +106,6 @@ class Outcome:
     failed: list[Job] = field(default_factory=list)
 
 
-# ---- what to run
-
-
 def make_jobs(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Job]:
     """The jobs that a command line asks for, in the order to start them.
 
@@ -157,12 +154,9 @@ def finished_folder(job: Job) -> Path | None:
         folders = FOLDER.findall(job.log.read_text(errors="replace"))
     except OSError:
         return None
-    if folders and isinstance(report.read_run(Path(folders[-1], "summary.json")), report.Run):
+    if folders and isinstance(summaries.read_run(Path(folders[-1], "summary.json")), summaries.Run):
         return Path(folders[-1])
     return None
-
-
-# ---- running
 
 
 def run_jobs(jobs: Sequence[Job], n_at_once: int, threads: int) -> Outcome:
@@ -240,7 +234,7 @@ def conclude(member: Running, code: int, outcome: Outcome) -> None:
     member.bar.close()
     text = member.job.log.read_text(errors="replace")
     folders = FOLDER.findall(text)
-    seconds = report.duration(time.monotonic() - member.started)
+    seconds = tables.duration(time.monotonic() - member.started)
     if code == 0 and folders:
         result = next((line for line in reversed(text.splitlines()) if "ACC" in line), "finished")
         say(f"{member.job.name}: {result.rpartition(': ')[2]}, {seconds} in all")
@@ -299,9 +293,6 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-# ---- the command line
-
-
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The sweep's own arguments, and those for the scripts."""
     parser = Parser(
@@ -346,9 +337,9 @@ def finish(outcome: Outcome, output_dir: Path, data: str) -> None:
     """Print the table of the finished runs and draw the pictures."""
     if not outcome.folders:
         return
-    runs, problems = report.find_runs(outcome.folders)
-    rows = report.summarise(runs)
-    print(f"\n{report.as_text(rows, problems)}")
+    runs, problems = summaries.find_runs(outcome.folders)
+    rows = comparison.summarise(runs)
+    print(f"\n{tables.as_text(rows, problems)}")
     pictures = [path for path in report.draw(rows, output_dir / "figures" / data) if path.suffix == ".png"]
     pictures += sorted(path for run in runs for path in run.path.glob("*.png"))
     print("Pictures (those in figures/ as PDF too):")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gpm import plots, report
+from gpm import comparison, plots, report, summaries, tables
 from gpm.errors import InputError
 from gpm.published import PUBLISHED, Estimate, reproduced
 
@@ -47,14 +47,14 @@ def write(folder, **changes):
 
 
 def rows_of(*paths):
-    runs, _ = report.find_runs(paths)
-    return report.summarise(runs)
+    runs, _ = summaries.find_runs(paths)
+    return comparison.summarise(runs)
 
 
 def test_estimate_is_the_mean_and_the_deviation_over_n_minus_1():
     # Deviations -1, 0, 1 from the mean 72: variance 2 / (3 - 1) = 1.
-    assert report.estimate([71.0, 72.0, 73.0]) == Estimate(72.0, 1.0, 3)
-    assert report.estimate([71.5]) == Estimate(71.5, None, 1)
+    assert comparison.estimate([71.0, 72.0, 73.0]) == Estimate(72.0, 1.0, 3)
+    assert comparison.estimate([71.5]) == Estimate(71.5, None, 1)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_row_of_three_seeds(tmp_path):
     assert row.backward_transfer == Estimate(-0.5, 0.0, 3)
     assert row.seeds == [1, 2, 3]
     assert row.verdict == "yes"  # 72.48 and -0.9
-    text = report.as_text([row], [])
+    text = tables.as_text([row], [])
     assert "72.00 ± 1.00" in text and "72.48 ± 0.40" in text and "Xeon Processor, 1 thread." in text
 
 
@@ -116,7 +116,7 @@ def test_embedded_rows_never_stand_beside_a_papers_number(tmp_path):
     real, embedded = rows_of(tmp_path)
     assert (real.data, embedded.data) == ("real", "embedded")
     assert real.published == PUBLISHED["cifar100", "gpm"] and embedded.published is None
-    line = next(line for line in report.as_text([real, embedded], []).splitlines() if " embedded " in line)
+    line = next(line for line in tables.as_text([real, embedded], []).splitlines() if " embedded " in line)
     assert "72.48" not in line
 
 
@@ -126,15 +126,15 @@ def test_notes_are_numbered_under_the_table_and_keep_rows_apart(tmp_path):
     write(tmp_path / "b", seed=2, data={"kind": "real", "notes": [note]})
     rows = rows_of(tmp_path)
     assert len(rows) == 2
-    text = report.as_text(rows, [])
+    text = tables.as_text(rows, [])
     assert f"[1] {note}" in text and "10-split CIFAR-100 [1]" in text
 
 
 def test_null_backward_transfer_is_a_dash(tmp_path):
     rows = rows_of(write(tmp_path / "run", method="multitask", backward_transfer=None))
-    (line,) = csv.DictReader(io.StringIO(report.as_csv(rows, [])))
+    (line,) = csv.DictReader(io.StringIO(tables.as_csv(rows, [])))
     assert line["backward_transfer"] == ""
-    assert report.table(rows)[0][0]["BWT"] == "–"
+    assert tables.table(rows)[0][0]["BWT"] == "–"
 
 
 def test_the_same_seed_twice_counts_once(tmp_path):
@@ -161,7 +161,7 @@ def test_the_same_seed_twice_counts_once(tmp_path):
 def test_damaged_runs_are_listed(tmp_path, content, capsys):
     write(tmp_path / "good")
     (write(tmp_path / "bad") / "summary.json").write_text(content)
-    for form in report.FORMATS:
+    for form in tables.FORMATS:
         assert report.main([str(tmp_path), "--format", form]) == 0
         out = capsys.readouterr().out
         assert "damaged" in out and str(tmp_path / "bad") in out.replace("\\_", "_")
@@ -186,14 +186,14 @@ def test_formats_parse(tmp_path):
     write(tmp_path / "a")
     write(tmp_path / "b", method="naive", variant="n_epochs=20")
     rows = rows_of(tmp_path)
-    lines = list(csv.DictReader(io.StringIO(report.as_csv(rows, []))))
+    lines = list(csv.DictReader(io.StringIO(tables.as_csv(rows, []))))
     assert [line["method"] for line in lines] == ["gpm", "naive"]
     assert [float(line["average_accuracy"]) for line in lines] == [80.0, 80.0]
     assert lines[1]["command"] == "python main_cifar100.py --method naive --n_epochs 20 --seed 1"
-    table = [line for line in report.as_markdown(rows, []).splitlines() if line.startswith("|")]
+    table = [line for line in tables.as_markdown(rows, []).splitlines() if line.startswith("|")]
     assert len(table) == 4 and len({line.count("|") for line in table}) == 1
-    latex = report.as_latex(rows, []).split("\\midrule")[1].split("\\bottomrule")[0]
-    n_columns = report.as_latex(rows, []).split("{tabular}{")[1].index("}")
+    latex = tables.as_latex(rows, []).split("\\midrule")[1].split("\\bottomrule")[0]
+    n_columns = tables.as_latex(rows, []).split("{tabular}{")[1].index("}")
     assert all(line.count(" & ") == n_columns - 1 for line in latex.strip().splitlines())
     assert "n\\_epochs=20" in latex
 
@@ -203,7 +203,7 @@ def test_the_command_of_several_seeds_is_one_sweep(tmp_path):
         write(tmp_path / str(seed), seed=seed, method="naive", variant="n_epochs=20")
     (row,) = rows_of(tmp_path)
     expected = "bash run_experiments.sh paper --only cifar100 --methods naive --seeds 1 2 --n_epochs 20"
-    assert report.command(row) == expected
+    assert tables.command(row) == expected
 
 
 def test_plots_are_written_as_png_and_pdf(tmp_path, capsys):
@@ -260,9 +260,9 @@ def test_the_readmes_table_is_what_the_results_say():
     if parts is None:
         pytest.skip("the README has no table of results")
     results = ROOT / "results"
-    runs, problems = report.find_runs([results]) if any(results.rglob("*.json")) else ([], [])
+    runs, problems = summaries.find_runs([results]) if any(results.rglob("*.json")) else ([], [])
     assert not problems
-    expected = report.block(report.summarise(runs), problems) if runs else f"{report.BEGIN}\n{report.END}"
+    expected = report.block(comparison.summarise(runs), problems) if runs else f"{report.BEGIN}\n{report.END}"
     assert parts[1] == expected, "run: python -m gpm.report results --readme README.md"
 
 
@@ -275,7 +275,7 @@ def test_a_missing_source_checksum_is_said(tmp_path):
 def test_find_runs_takes_single_files_and_folders(tmp_path):
     folder = write(tmp_path / "x/y/seed-1")
     for path in (folder, folder / "summary.json", tmp_path):
-        runs, problems = report.find_runs([path])
+        runs, problems = summaries.find_runs([path])
         assert [run.path for run in runs] == [folder] and not problems
     with pytest.raises(InputError, match="does not exist"):
-        report.find_runs([tmp_path / "nothing"])
+        summaries.find_runs([tmp_path / "nothing"])

@@ -165,9 +165,6 @@ def test_two_runs_end_with_one_table_and_pictures(tmp_path):
     assert done.stdout.count("finished before") == 2
 
 
-# ---- shell
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_are_bash(script):
     subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
