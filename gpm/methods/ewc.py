@@ -18,23 +18,24 @@ BATCH = 64  # images whose scores are summed before squaring; any number gives t
 class EWC(Method):
     """SGD with a spring on every shared weight, as stiff as the old tasks' Fisher information.
 
-    loss = CE + λ/2 Σ_t Σ_i F_t,i (θ_i - θ*_t,i)², where θ*_t are the weights after task t and F_t is the diagonal of
-    its Fisher information, the mean of (∂ log p(y | x) / ∂θ_i)² over training images x and labels y drawn from the
-    network's own p(· | x).
+    loss = CE + λ/2 Σ_i F_i (θ_i - θ*_i)², F = Σ_t F_t, where θ* are the weights after the last task and F_t is the
+    diagonal of task t's Fisher information, the mean of (∂ log p(y | x) / ∂θ_i)² over training images x and labels y
+    drawn from the network's own p(· | x).
 
-    The penalties of all tasks are summed, not merged into one around the last weights. A sum of parabolas is a
-    parabola: Σ_t F_t (θ - θ*_t)² = F (θ - c)² + constant with F = Σ_t F_t and c = Σ_t F_t θ*_t / F, so two numbers a
-    weight are enough for any number of tasks. Heads have no penalty: each belongs to one task.
+    One penalty around the last weights, not one around each task's: the last weights are the mode of the posterior
+    given all tasks so far, earlier penalties included, which separate penalties would count twice and so pull a task
+    that has just been learned back out of the network (Huszár, arXiv 1712.03847). Heads have no penalty: each belongs
+    to one task.
 
     A plain SGD step on the penalty overshoots where lr · λ · F > 2, which the stiffest weights reach at useful λ. So
-    the penalty is stepped implicitly, as argmin_θ gᵀθ + λ/2 F (θ - c)² + |θ - θ_now|² / (2 lr) with the gradient g of
+    the penalty is stepped implicitly, as argmin_θ gᵀθ + λ/2 F (θ - θ*)² + |θ - θ_now|² / (2 lr) with the gradient g of
     CE: both gradients are divided by 1 + lr λ F, lr being the rate that a task starts with. It stops at the same
     point, is the plain step where lr · λ · F is small, and is stable for any λ.
 
     Hyperparameters: `ewc_lambda` (λ, 20). Code that squares the gradient of a batch's mean loss has a Fisher smaller by
     about the batch size, and so a larger λ: its usual 5000 at batches of 64 is about 80 here.
 
-    Stores F and c: two floats for each shared weight.
+    Stores F and θ*: two floats for each shared weight.
     """
 
     name = "ewc"
@@ -44,11 +45,11 @@ class EWC(Method):
         shared = {id(p) for p in trainable_parameters(model, heads=[])}
         self.shared = {name: p for name, p in model.named_parameters() if id(p) in shared}
         self.fisher: dict[str, Tensor] = {}  # F
-        self.center: dict[str, Tensor] = {}  # c
+        self.center: dict[str, Tensor] = {}  # θ*
 
     @torch.no_grad()
     def after_backward(self, t: int) -> None:
-        """Add the penalty's gradient, λ F (θ - c), and shorten the step to the implicit one."""
+        """Add the penalty's gradient, λ F (θ - θ*), and shorten the step to the implicit one."""
         for name in self.fisher:
             p = self.shared[name]
             if p.grad is not None:
@@ -56,15 +57,10 @@ class EWC(Method):
                 p.grad.addcmul_(stiffness, p - self.center[name]).div_(1 + self.options.lr * stiffness)
 
     def after_task(self, t: int, task: Task) -> None:
-        """Add the task's parabola."""
-        fisher, center = {}, {}
-        for name, new in self.fisher_diagonal(t, task.train).items():
-            weight = self.shared[name].detach()
-            old, old_center = self.fisher.get(name, torch.zeros_like(new)), self.center.get(name, weight)
-            fisher[name] = old + new
-            # c moves towards the new weights by their share of the stiffness; where nothing is stiff it may be anything
-            center[name] = old_center + (weight - old_center) * (new / fisher[name]).nan_to_num(nan=0.0)
-        self.fisher, self.center = fisher, center
+        """Add the task's Fisher information; its weights are the ones to stay near."""
+        new = self.fisher_diagonal(t, task.train)
+        self.fisher = {name: value + self.fisher[name] if t else value for name, value in new.items()}
+        self.center = {name: p.detach().clone() for name, p in self.shared.items()}
 
     def fisher_diagonal(self, t: int, train: Split) -> dict[str, Tensor]:
         """F_t by parameter name.
@@ -89,14 +85,14 @@ class EWC(Method):
         return fisher
 
     def memory_floats(self) -> int:
-        """F and c."""
+        """F and θ*."""
         return 2 * sum(value.numel() for value in self.fisher.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """F and c by parameter name."""
+        """F and θ* by parameter name."""
         return {"fisher": dict(self.fisher), "center": dict(self.center)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved F and c."""
+        """Take over a saved F and θ*."""
         for part in ("fisher", "center"):
             setattr(self, part, {name: value.to(self.shared[name].device) for name, value in state[part].items()})
