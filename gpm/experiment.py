@@ -10,21 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gpm import batchnorm, hardware, metrics, plots
 from gpm.checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
 from gpm.errors import InputError, Stopped
 from gpm.files import write_json, write_text
+from gpm.interference import interference
 from gpm.interrupts import deferred, stoppable
 from gpm.methods import make_method
+from gpm.methods.base import Method
 from gpm.options import Options, check, results_options, variant
 from gpm.progress import Progress
+from gpm.representation import find_layers
 from gpm.runfolder import check_same_run, describe_model, hold, read_summary, run_folder
 from gpm.task import Benchmark, Split, Task, batches, join
 from gpm.training import Epoch, TaskProgress, evaluate, start_task, train_task
 
 CHECKPOINT_SECONDS = 60  # within a task, save at most this often, so that short runs pay nothing
+INTERFERENCE_IMAGES = 256  # of the first task, to measure how far its layer outputs moved
 
 
 def run(options: Options, benchmark: Benchmark, model: nn.Module) -> dict[str, Any]:
@@ -63,6 +67,7 @@ class Run:
         self.accuracy: dict[str, list[list[float | None]]] = {"valid": [], "test": []}
         self.columns: dict[str, list[int]] = {}
         self.statistics: list[batchnorm.Statistics] = []  # of each task, with --batchnorm task
+        self.first: dict[str, Tensor] = {}  # the network after the first task, to measure interference by
         self.epochs: list[dict[str, Any]] = []
         self.seconds = {"train": 0.0, "memory": 0.0, "evaluate": 0.0}
         self.saved_at = time.monotonic()
@@ -130,6 +135,8 @@ class Run:
                 self.accuracy[part] += [*unmeasured, row + missing]
             for key, k in memory.columns.items() if memory else ():
                 self.columns.setdefault(key, []).append(k)
+            if t == 0 and not self.method.joint:
+                self.first = {name: value.clone() for name, value in self.method.model.state_dict().items()}
             self.seconds["memory"] += memory_seconds
             self.seconds["evaluate"] += evaluate_seconds
             self.position, self.task_progress = t + 1, None
@@ -145,6 +152,15 @@ class Run:
         fixed = batchnorm.fixed_statistics(model, self.statistics[j]) if self.statistics else nullcontext()
         with fixed, self.method.testing(j):
             return evaluate(model, j, split, self.options.batch_size_test)[1]
+
+    def interference(self) -> dict[str, dict[str, Any]]:
+        """How far the first task's layer outputs have moved; empty where one network does not serve all tasks."""
+        model = self.method.model
+        if not self.first or self.options.n_tasks == 1 or type(self.method).testing is not Method.testing:
+            return {}
+        images = self.benchmark.tasks[0].test.images[:INTERFERENCE_IMAGES]
+        layers = find_layers(model, exclude=["heads"] if hasattr(model, "heads") else [])
+        return interference(model, layers, self.first, lambda: model(images, 0))
 
     def training_statistics(self, j: int) -> batchnorm.Statistics:
         """BatchNorm's statistics over the training images of task j."""
@@ -176,7 +192,7 @@ class Run:
             **{name: getattr(self, name) for name in self.kept},
         }
 
-    kept = ("position", "accuracy", "columns", "statistics", "epochs", "seconds")
+    kept = ("position", "accuracy", "columns", "statistics", "first", "epochs", "seconds")
 
     def save(self) -> None:
         """Write the checkpoint and the epochs so far."""
@@ -244,6 +260,7 @@ class Run:
             "memory_columns": self.columns,
             "memory_input_sizes": memory.input_sizes if memory else {},
             "memory_floats": self.method.memory_floats(),
+            "interference": self.interference(),
             "epochs": [sum(epoch["task"] == t for epoch in self.epochs) for t in range(options.n_tasks)],
             "seconds": {"total": sum(self.seconds.values()), **self.seconds},
             "hyperparameters": config["hyperparameters"],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -15,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from gpm.files import write_atomically
+from gpm.interference import EDGES
 from gpm.metrics import AccuracyMatrix
 from gpm.published import METHODS, Estimate
 
@@ -33,6 +35,7 @@ STYLES = {
     "ogd": ("#44337A", ">"),
 }
 MARKERS = "os^DvPX<>*"
+MOST_PANELS = 6
 TITLE, LABEL, TICK = 11, 10.5, 9.5  # font sizes, points
 
 
@@ -148,18 +151,25 @@ def accuracy_over_time(matrices: Mapping[str, Sequence[AccuracyMatrix]], title: 
     return figure
 
 
-def method_bars(scores: Mapping[str, tuple[Estimate, Estimate | None]], title: str) -> Figure:
-    """ACC and BWT of each method, error bars one standard deviation over seeds.
+def bars(
+    scores: Mapping[str, tuple[Estimate | None, ...]],
+    headings: Sequence[str],
+    title: str,
+    signed: Sequence[bool] = (False, False),
+) -> Figure:
+    """Numbers of each method, a panel for each kind, error bars one standard deviation over seeds.
 
     Args:
-        scores: of each method, (ACC, BWT); BWT None where it has no meaning.
+        scores: of each method, one number for each panel; None where it has no meaning.
+        headings: of the panels: what is measured, and its unit.
         title: what was run.
+        signed: for each panel, whether the numbers at the bars show a plus.
     """
     width = max(6.4, 2.4 + 0.95 * len(scores))
     figure = Figure(figsize=(width, 4.0), layout="constrained")
-    panels = figure.subplots(1, 2)
+    panels = figure.subplots(1, len(headings))
     names = [METHODS.get(method, method) for method in scores]
-    for part, (axes, heading) in enumerate(zip(panels, ("ACC, %", "BWT, points"), strict=True)):
+    for part, (axes, heading) in enumerate(zip(panels, headings, strict=True)):
         estimates = [pair[part] for pair in scores.values()]
         means = [0.0 if e is None else e.mean for e in estimates]
         errors = [0.0 if e is None else e.std or 0.0 for e in estimates]
@@ -178,7 +188,8 @@ def method_bars(scores: Mapping[str, tuple[Estimate, Estimate | None]], title: s
                     axes.errorbar(x, estimate.mean, estimate.std, **bar)
             down = estimate.mean < 0
             tip = estimate.mean + (-1 if down else 1) * ((estimate.std or 0.0) + 0.12 * room)
-            text = f"{estimate.mean:.1f}" if part == 0 else f"{estimate.mean:+.1f}"
+            digits = 1 if highest - lowest >= 10 else 2
+            text = f"{estimate.mean:{'+' if signed[part] else ''}.{digits}f}"
             text = text.replace("-", "\N{MINUS SIGN}")  # as on the axis
             axes.text(x, tip, text, ha="center", va="top" if down else "bottom", fontsize=TICK)
         axes.axhline(0, color="black", linewidth=0.8, zorder=4)
@@ -190,6 +201,90 @@ def method_bars(scores: Mapping[str, tuple[Estimate, Estimate | None]], title: s
         axes.grid(axis="x", visible=False)
         _label(axes, "", heading)
     _title(figure, title, width)
+    return figure
+
+
+def scores_against(labels: Sequence[str], rows: Sequence[Any], name: str, title: str) -> Figure:
+    """ACC and BWT over the values of a hyperparameter, error bars one standard deviation over seeds.
+
+    Args:
+        labels: the values, ascending, drawn at equal distances.
+        rows: one for each value: `accuracy` and `backward_transfer`, Estimates (the latter perhaps None).
+        name: of the hyperparameter.
+        title: what was run.
+    """
+    width = max(6.4, 3.2 + 0.9 * len(labels))
+    figure = Figure(figsize=(width, 3.8), layout="constrained")
+    kinds = (("accuracy", "ACC, %", "gpm"), ("backward_transfer", "BWT, points", "naive"))
+    for axes, (kind, heading, style) in zip(figure.subplots(1, 2), kinds, strict=True):
+        points = [(x, e) for x, row in enumerate(rows) if (e := getattr(row, kind)) is not None]
+        color, marker = STYLES[style]
+        axes.errorbar(
+            [x for x, _ in points],
+            [e.mean for _, e in points],
+            [e.std or 0.0 for _, e in points],
+            color=color,
+            marker=marker,
+            markersize=5.5,
+            linewidth=1.8,
+            capsize=3,
+        )
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xlim(-0.4, len(labels) - 0.6)
+        _plain(axes)
+        _label(axes, name, heading)
+    _title(figure, title, width)
+    return figure
+
+
+def interference_histograms(found: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> Figure:
+    """Densities of the interference activations ΔW x on the first task, a panel for each layer (paper Figure 3).
+
+    Args:
+        found: of each row, what `gpm.interference.interference` gave for its runs, whose counts are added up.
+        title: what was run.
+    """
+    layers = list(next(iter(found.values()))[0])
+    if len(layers) > MOST_PANELS:  # a deep network: some along its depth
+        layers = [layers[round(i * (len(layers) - 1) / (MOST_PANELS - 1))] for i in range(MOST_PANELS)]
+    across = min(3, len(layers))
+    width, down = 3.1 * across + 1.4, -(-len(layers) // across)
+    figure = Figure(figsize=(width, 2.5 * down + 0.7), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False, sharex=True)
+    for axes in grid.flat[len(layers) :]:
+        axes.set_visible(False)
+    for axes, layer in zip(grid.flat, layers, strict=False):
+        for index, (label, runs) in enumerate(found.items()):
+            counts = np.sum([run[layer]["counts"] for run in runs], 0)
+            ratio = np.mean([run[layer]["ratio"] for run in runs])
+            density = counts / counts.sum() / np.diff(EDGES)
+            color = list(STYLES.values())[index % len(STYLES)][0]
+            axes.stairs(np.where(density > 0, density, np.nan), EDGES, color=color, linewidth=1.3, label=label)
+            axes.text(
+                0.97,
+                0.95 - 0.1 * index,
+                f"{100 * ratio:.2g} %",
+                color=color,
+                fontsize=TICK - 1.5,
+                ha="right",
+                va="top",
+                transform=axes.transAxes,
+            )
+        axes.set_yscale("log")
+        axes.set_title(layer, fontsize=LABEL)
+        _plain(axes)
+        _label(axes, "", "")
+    for axes in grid[-1]:
+        axes.set_xlabel("ΔW x / rms(W x)", fontsize=LABEL)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("density", fontsize=LABEL)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=TICK, frameon=False)
+    _title(
+        figure,
+        f"{title}\nhow far later tasks moved the first task's layer outputs (in figures: root mean square)",
+        width,
+    )
     return figure
 
 

@@ -3,6 +3,7 @@
 python -m gpm.report runs                                  # every run under runs/, as text
 python -m gpm.report runs/real --format latex              # or markdown, csv
 python -m gpm.report runs --plots figures                  # PNG and PDF of every comparison
+python -m gpm.report runs --plots figures --against threshold   # and of ACC, BWT and interference over a sweep
 python -m gpm.report runs/real --collect results           # copy finished summaries into results/
 python -m gpm.report results --readme README.md            # rewrite the README's table from them
 """
@@ -13,62 +14,16 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gpm.cli import Parser
 from gpm.comparison import Row, summarise
 from gpm.errors import InputError
 from gpm.files import write_json, write_text
-from gpm.published import BENCHMARKS, METHODS
 from gpm.summaries import Problem, Run, find_runs
 from gpm.tables import FORMATS, as_markdown
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 LOCAL_ONLY = ("data_dir", "output_dir", "quiet")  # paths and taste of one machine, left out of collected summaries
-
-
-def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Pictures, PNG and PDF: methods compared on each benchmark, data and variant; matrix and memory of each row.
-
-    Returns:
-        the files written.
-    """
-    from gpm import plots  # Matplotlib takes a second to import, which a table need not wait for
-
-    written: list[Path] = []
-
-    def save(figure: Any, name: str) -> None:
-        for suffix in ("png", "pdf"):
-            written.append(folder / f"{name}.{suffix}")
-            plots.save(figure, written[-1])
-
-    comparisons: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        comparisons.setdefault((row.benchmark, row.data, row.variant), []).append(row)
-    for (benchmark, data, variant), members in comparisons.items():
-        title = f"{BENCHMARKS.get(benchmark, benchmark)} ({data} data)"
-        title += "" if variant == "default" else f"\n{variant}"
-        stem = _file_name(f"{data}-{benchmark}-{variant}")
-        # Rows that differ in their notes alone would hide each other: the one with the most runs stands for all.
-        best = {row.method: row for row in sorted(members, key=lambda row: len(row.runs))}
-        shown = {row.method: row for row in members if best[row.method] is row}
-        matrices = {name: [run.summary["accuracy"] for run in row.runs] for name, row in shown.items()}
-        save(plots.accuracy_over_time(matrices, title), f"{stem}-accuracy_over_time")
-        scores = {name: (row.accuracy, row.backward_transfer) for name, row in shown.items()}
-        save(plots.method_bars(scores, title), f"{stem}-methods")
-        for name, row in shown.items():
-            seeds = f"mean of {len(row.runs)} seeds" if len(row.runs) > 1 else f"seed {row.seeds[0]}"
-            heading = f"{title.replace(' data)', f' data), {METHODS.get(name, name)}, {seeds}', 1)}"
-            save(plots.accuracy_heat_map(plots.mean_matrix(matrices[name]), heading), f"{stem}-{name}-accuracy")
-            columns = plots.mean_columns([run.summary.get("memory_columns") or {} for run in row.runs])
-            if columns:
-                sizes = row.runs[0].summary["memory_input_sizes"]
-                save(plots.memory_growth(columns, sizes, heading), f"{stem}-{name}-memory")
-    return written
-
-
-def _file_name(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "._+-" else "-" for c in text)
 
 
 def collect(runs: Sequence[Run], folder: Path) -> list[Path]:
@@ -122,16 +77,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("paths", nargs="+", type=Path, help="run folders, or folders that hold them at any depth")
     parser.add_argument("--format", choices=tuple(FORMATS), default="text", help="of the table (default: text)")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the pictures into this folder")
+    parser.add_argument("--against", metavar="NAME", help="with --plots: also ACC and BWT over this hyperparameter")
     parser.add_argument("--collect", type=Path, metavar="DIR", help="copy the finished summaries into this folder")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="put the table between this file's markers")
     args = parser.parse_args(argv)
+    if args.against and not args.plots:
+        parser.error("--against goes with --plots")
     try:
         runs, problems = find_runs(args.paths)
         rows = summarise(runs)
         print(FORMATS[args.format](rows, problems), end="")
         said = []
         if args.plots:
-            said += draw(rows, args.plots)
+            from gpm.figures import draw  # Matplotlib takes a second to import, which a table need not wait for
+
+            said += draw(rows, args.plots, args.against)
         if args.collect:
             said += collect(runs, args.collect)
         if args.readme:

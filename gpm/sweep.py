@@ -4,6 +4,8 @@ bash run_experiments.sh                                   # everything on embedd
 bash run_experiments.sh paper                             # the paper's protocol on the real data
 bash run_experiments.sh paper --seeds 1 2 3 4 5 --only cifar100 pmnist --jobs 2
 bash run_experiments.sh paper --table 1 --jobs 4          # every method of the paper's Table 1, seeds 1 to 5
+bash run_experiments.sh paper --only pmnist --sweep threshold=0.9,0.95,0.99    # GPM at each of these values
+bash run_experiments.sh paper --table 1 --ray auto        # on all machines of a Ray cluster
 bash run_experiments.sh paper --n_epochs 20 --device cpu  # flags not listed below go to every script
 
 A run that is finished is not run again; one that was stopped goes on from its checkpoint. What each run prints is kept
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -29,8 +32,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from gpm import comparison, report, summaries, tables
+from gpm import comparison, figures, summaries, tables
 from gpm.cli import Parser
+from gpm.cluster import Cluster, RemoteProcess
 from gpm.errors import InputError
 from gpm.methods import METHODS
 
@@ -81,7 +85,7 @@ class Running:
     """A job at work, and what its log has said so far."""
 
     job: Job
-    process: subprocess.Popen
+    process: subprocess.Popen | RemoteProcess
     bar: tqdm
     position: int  # of the bar on the screen
     started: float = field(default_factory=time.monotonic)
@@ -122,29 +126,33 @@ def make_jobs(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Job]:
         plan = {name: plan.get(name, PAPER[name]) for name in args.only}
     if args.methods:
         plan = dict.fromkeys(plan, tuple(args.methods))
+    elif args.sweep:
+        plan = dict.fromkeys(plan, ("gpm",))
     missing = sorted({method for methods in plan.values() for method in methods} - set(METHODS))
     if missing:
         print(f"left out, not written yet: {', '.join(missing)}")
     seeds = args.seeds or (TABLE_SEEDS if args.table else (None,))  # None: the script's own
+    values = args.sweep[1] if args.sweep else (None,)
     jobs = []
     for seed in seeds:
         for benchmark, methods in plan.items():
-            for method in (m for m in methods if m in METHODS):
+            for method, value in itertools.product((m for m in methods if m in METHODS), values):
                 flags = ["--data", "embedded", *shlex.split(EMBEDDED[benchmark])] if embedded else []
                 flags += ["--method", method, "--output_dir", str(args.output_dir), *passed_on]
                 flags += [] if seed is None else ["--seed", str(seed)]
-                jobs.append(make_job(benchmark, method, seed, flags, args.output_dir))
+                flags += [] if value is None else [f"--{args.sweep[0]}", *value.split()]
+                name = f"{benchmark} {method}" + ("" if seed is None else f" seed {seed}")
+                name += "" if value is None else f" {args.sweep[0]} {value}"
+                jobs.append(make_job(name, benchmark, flags, args.output_dir))
     if not jobs:
         raise InputError("nothing to run: none of the methods asked for is there")
     return jobs
 
 
-def make_job(benchmark: str, method: str, seed: int | None, flags: Sequence[str], output_dir: Path) -> Job:
+def make_job(name: str, benchmark: str, flags: Sequence[str], output_dir: Path) -> Job:
     """One script's run; its log is named by all that decides the command."""
     command = (sys.executable, "-u", str(ROOT / f"main_{benchmark}.py"), *flags)
     digest = hashlib.sha256(shlex.join(flags).encode()).hexdigest()[:8]
-    seed_name = "" if seed is None else f" seed {seed}"
-    name = f"{benchmark} {method}{seed_name}"
     return Job(name, command, output_dir / "logs" / f"{name.replace(' ', '-')}-{digest}.log")
 
 
@@ -159,18 +167,19 @@ def finished_folder(job: Job) -> Path | None:
     return None
 
 
-def run_jobs(jobs: Sequence[Job], n_at_once: int, threads: int) -> Outcome:
+def run_jobs(jobs: Sequence[Job], n_at_once: int, threads: int, cluster: Cluster | None = None) -> Outcome:
     """Run jobs, up to so many at once; a failing one is reported and the others go on.
 
     Args:
         jobs: in the order to start them.
         n_at_once: processes side by side.
         threads: of each, unless the environment says OMP_NUM_THREADS.
+        cluster: where they run; on this machine if not given.
     Raises:
         KeyboardInterrupt: after all of them were stopped.
     """
     outcome, waiting, running = Outcome(), list(jobs), []
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     total = tqdm(total=len(jobs), desc="runs", unit="run", position=0, dynamic_ncols=True, **_screen())
     try:
         while waiting or running:
@@ -181,7 +190,7 @@ def run_jobs(jobs: Sequence[Job], n_at_once: int, threads: int) -> Outcome:
                     outcome.folders.append(folder)
                     total.update()
                 else:
-                    running.append(start(job, environment, running))
+                    running.append(start(job, environment, running, cluster))
             if running:
                 time.sleep(POLL_SECONDS)
             for member in list(running):
@@ -197,17 +206,20 @@ def run_jobs(jobs: Sequence[Job], n_at_once: int, threads: int) -> Outcome:
     return outcome
 
 
-def start(job: Job, environment: dict[str, str], running: Sequence[Running]) -> Running:
+def start(job: Job, environment: dict[str, str], running: Sequence[Running], cluster: Cluster | None) -> Running:
     """Start a job, its output going to its log."""
     taken = {member.position for member in running}
     position = next(i for i in range(1, len(taken) + 2) if i not in taken)
     try:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with job.log.open("w") as log:
-            # In this process's group, so that Ctrl-C reaches it too.
-            process = subprocess.Popen(
-                job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=Path.cwd()
-            )
+            if cluster:
+                process = cluster.start(job.command, job.log, environment)
+            else:  # in this process's group, so that Ctrl-C reaches it too
+                everything = {**os.environ, **environment}
+                process = subprocess.Popen(
+                    job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=everything, cwd=Path.cwd()
+                )
     except OSError as error:
         raise InputError(f"cannot write {job.log}: {error.strerror or error}; choose another --output_dir") from error
     say(f"{job.name}: started, log {job.log}")
@@ -314,6 +326,23 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--seeds", nargs="+", type=int, metavar="SEED", help="default: each script's own, the released code's")
     add("--table", type=int, choices=tuple(TABLES), help="with paper: all methods of a table of the paper, seeds 1-5")
     add("--jobs", type=int, metavar="N", help="runs side by side (default: embedded 2 or the number of cores, paper 1)")
+    add(
+        "--sweep",
+        type=sweep_of,
+        metavar="NAME=VALUE,…",
+        help="run gpm (or --methods) at each value of a hyperparameter and draw ACC, BWT and interference over it; "
+        "one value for each layer is written with spaces: threshold='0.9 0.95 0.95,0.95 0.99 0.99'",
+    )
+    add("--figures", type=Path, metavar="DIR", help="folder for the pictures (default: OUTPUT_DIR/figures/DATA)")
+    add(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="local",
+        help="run on the Ray cluster at this address (auto: the one this machine belongs to; local, or no address: one "
+        "started here); every machine sees the same files. pip install -e '.[cluster]'",
+    )
+    add("--gpus_per_run", type=float, metavar="N", help="with --ray: GPUs reserved for a run, 0.25 say (default: 0)")
     add("--output_dir", type=Path, default=Path("runs"), help="folder that gets everything (default: runs)")
     # Not an argparse positional: those swallow the values of flags that are passed on.
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -326,6 +355,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"{passed_on[0]!r} is not a flag")
     if args.table and args.what != "paper":
         parser.error("--table goes with paper: run_experiments.sh paper --table 1")
+    if args.gpus_per_run is not None and (not args.ray or not args.gpus_per_run >= 0):
+        parser.error(f"--gpus_per_run is {args.gpus_per_run:g}; it goes with --ray and must not be negative")
+    if args.sweep and f"--{args.sweep[0]}" in passed_on:
+        parser.error(f"--{args.sweep[0]} is given and swept; give one")
     if args.jobs is not None and args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}; it must be positive")
     if "--seed" in passed_on or "--method" in passed_on:
@@ -333,16 +366,27 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return args, passed_on
 
 
-def finish(outcome: Outcome, output_dir: Path, data: str) -> None:
+def sweep_of(text: str) -> tuple[str, tuple[str, ...]]:
+    """The value of --sweep: a hyperparameter and what it is to be."""
+    name, equals, values = text.partition("=")
+    parts = tuple(" ".join(value.split()) for value in values.split(","))
+    if not equals or not name.isidentifier() or len(set(parts)) < max(2, len(parts)) or "" in parts:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE,VALUE,… with two or more different values")
+    return name, parts
+
+
+def finish(outcome: Outcome, folder: Path, against: str | None) -> None:
     """Print the table of the finished runs and draw the pictures."""
     if not outcome.folders:
         return
     runs, problems = summaries.find_runs(outcome.folders)
     rows = comparison.summarise(runs)
     print(f"\n{tables.as_text(rows, problems)}")
-    pictures = [path for path in report.draw(rows, output_dir / "figures" / data) if path.suffix == ".png"]
+    if against and len(rows) < 2:
+        against = None  # the other values failed
+    pictures = [path for path in figures.draw(rows, folder, against) if path.suffix == ".png"]
     pictures += sorted(path for run in runs for path in run.path.glob("*.png"))
-    print("Pictures (those in figures/ as PDF too):")
+    print(f"Pictures (those in {folder} as PDF too):")
     print("\n".join(f"  {path}" for path in pictures))
 
 
@@ -354,10 +398,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         cores = available_cores()
         n_at_once = args.jobs or (min(2, cores) if args.what == "embedded" else 1)
         threads = max(1, cores // n_at_once)
+        cluster = None
+        if args.ray:
+            threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+            cluster = Cluster(args.ray, ROOT, threads, args.gpus_per_run or 0)
+            n_at_once = args.jobs or cluster.n_at_once
         print(f"{len(jobs)} runs, {n_at_once} at a time, {threads} CPU thread(s) each")
-        with terminable():
-            outcome = run_jobs(jobs, n_at_once, threads)
-        finish(outcome, args.output_dir, "embedded" if args.what == "embedded" else "real")
+        try:
+            with terminable():
+                outcome = run_jobs(jobs, n_at_once, threads, cluster)
+        finally:
+            if cluster:
+                cluster.close()
+        folder = args.figures or args.output_dir / "figures" / ("embedded" if args.what == "embedded" else "real")
+        finish(outcome, folder, args.sweep and args.sweep[0])
     except InputError as error:
         print(f"run_experiments.sh: error: {error}", file=sys.stderr)
         return 2

@@ -9,8 +9,9 @@ import math
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
-from gpm import comparison, plots, report, summaries, tables
+from gpm import comparison, figures, plots, report, summaries, tables
 from gpm.errors import InputError
 from gpm.published import PUBLISHED, Estimate, reproduced
 
@@ -218,6 +219,48 @@ def test_plots_are_written_as_png_and_pdf(tmp_path, capsys):
     for path in (tmp_path / "figures").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"%PDF")
     assert str(tmp_path / "figures" / f"{stem}-methods.png") in capsys.readouterr().err
+
+
+def with_costs(**changes):
+    """What a summary needs for the pictures of costs and interference."""
+    counts = [0] * 50 + [7] + [0] * 50
+    found = {"interference": {"conv1": {"ratio": 0.01, "counts": counts}}, "epochs": [2, 3], "memory_floats": 576}
+    return found | {"seconds": {"total": 60.0, "train": 50.0}} | changes
+
+
+def test_costs_and_interference_are_drawn_where_they_are_known(tmp_path):
+    write(tmp_path / "runs/a", **with_costs())
+    write(tmp_path / "runs/b", **with_costs(method="naive", memory_floats=0, memory_input_sizes={}, memory_columns={}))
+    assert report.main([str(tmp_path / "runs"), "--plots", str(tmp_path / "figures")]) == 0
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"real-cifar100-default-costs.pdf", "real-cifar100-default-interference.pdf"} <= names
+
+
+def test_costs_are_relative_to_the_largest_memory_and_per_epoch(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "bars", lambda scores, *rest, **more: drawn.append(scores) or Figure())
+    write(tmp_path / "a", **with_costs())
+    write(tmp_path / "b", **with_costs(method="naive", memory_floats=0, memory_input_sizes={}, memory_columns={}))
+    figures.draw(rows_of(tmp_path), tmp_path / "figures")
+    # 576 floats of 48 x 48 possible ones; 50 s over 2 + 3 epochs.
+    gpm, naive = ((Estimate(share, None, 1), Estimate(10.0, None, 1)) for share in (25.0, 0.0))
+    assert drawn[1] == {"gpm": gpm, "naive": naive}
+
+
+def test_a_sweep_is_drawn_over_its_hyperparameter(tmp_path, capsys):
+    for value in (0.99, 0.9):
+        changes = with_costs(variant=f"n_epochs=20,threshold={value}")
+        write(tmp_path / f"runs/{value}", **changes, hyperparameters={"threshold": [value]})
+    arguments = [str(tmp_path / "runs"), "--plots", str(tmp_path / "figures"), "--against"]
+    assert report.main([*arguments, "threshold"]) == 0
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    stem = "real-cifar100-n_epochs-20-gpm-threshold"
+    assert {f"{stem}-sweep.png", f"{stem}-interference.png"} <= {name.replace("=", "-") for name in names}
+    capsys.readouterr()
+    assert report.main([*arguments, "lr"]) == 2
+    assert capsys.readouterr().err == (
+        "gpm.report: error: no two of these runs differ in lr alone, so nothing can be drawn over it\n"
+    )
 
 
 @pytest.mark.parametrize(("n_tasks", "n_layers"), [(1, 1), (20, 20)])

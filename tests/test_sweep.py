@@ -67,6 +67,15 @@ def test_a_table_is_methods_by_benchmarks_by_seeds():
     assert len(commands("paper", "--table", "1", "--methods", "gpm", "naive")) == 3 * 2 * 5
 
 
+def test_a_sweep_runs_gpm_at_each_value():
+    found = commands("paper", "--only", "pmnist", "--sweep", "threshold=0.9 0.95 0.95,0.99", "--seeds", "1")
+    tail = [command[command.index("--threshold") + 1 :] for command in found]
+    assert tail == [("0.9", "0.95", "0.95"), ("0.99",)]
+    assert all("gpm" in command for command in found)
+    methods = ("--methods", "gpm", "ewc")
+    assert len(commands("paper", "--only", "pmnist", "--sweep", "lr=0.1,0.2", *methods)) == 4
+
+
 def test_methods_of_a_table_that_are_not_there_are_left_out_and_named(monkeypatch, capsys):
     monkeypatch.setattr(sweep, "METHODS", {"gpm": None, "ewc": None})
     assert len(commands("paper", "--table", "1")) == 3 * 2 * 5
@@ -83,6 +92,13 @@ def test_methods_of_a_table_that_are_not_there_are_left_out_and_named(monkeypatc
         ["paper", "--methods", "magic"],
         ["paper", "--seed", "3"],
         ["paper", "3"],
+        ["--sweep", "threshold"],
+        ["--sweep", "threshold=0.9"],
+        ["--sweep", "threshold=0.9,0.9"],
+        ["--sweep", "threshold=0.9,"],
+        ["--sweep", "threshold=0.9,0.99", "--threshold", "0.95"],
+        ["--gpus_per_run", "0.5"],
+        ["--ray", "local", "--gpus_per_run", "-1"],
     ],
 )
 def test_bad_input_is_one_line_and_code_2(argv, capsys):

@@ -1,0 +1,130 @@
+"""The pictures that a set of runs gives: the paper's figures, for every benchmark, data and variant among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from gpm import plots
+from gpm.comparison import Row, estimate
+from gpm.errors import InputError
+from gpm.published import BENCHMARKS, METHODS
+
+Save = Callable[[Figure, str], None]
+
+
+def draw(rows: Sequence[Row], folder: Path, against: str | None = None) -> list[Path]:
+    """Draw everything, as PNG and PDF.
+
+    Args:
+        rows: the runs, summed up.
+        folder: where to.
+        against: a hyperparameter that some rows differ in alone; ACC, BWT and interference are drawn over it.
+    Returns:
+        the files written.
+    Raises:
+        InputError: no two rows differ in `against` alone.
+    """
+    written: list[Path] = []
+
+    def save(figure: Figure, name: str) -> None:
+        name = "".join(c if c.isalnum() or c in "._+-" else "-" for c in name)
+        for suffix in ("png", "pdf"):
+            written.append(folder / f"{name}.{suffix}")
+            plots.save(figure, written[-1])
+
+    for members in _grouped(rows, lambda row: (row.benchmark, row.data, row.variant)):
+        draw_comparison(members, save)
+    if against:
+        groups = _grouped(rows, lambda row: (row.benchmark, row.data, row.method, _others(row, against)))
+        sweeps = [members for members in groups if len({str(_value(row, against)) for row in members}) > 1]
+        if not sweeps:
+            raise InputError(f"no two of these runs differ in {against} alone, so nothing can be drawn over it")
+        for members in sweeps:
+            draw_sweep(members, against, save)
+    return written
+
+
+def draw_comparison(rows: Sequence[Row], save: Save) -> None:
+    """Methods beside each other on one benchmark, data and variant; matrix and memory of each."""
+    # Rows that differ in their notes alone would hide each other: the one with the most runs stands for all.
+    best = {row.method: row for row in sorted(rows, key=lambda row: len(row.runs))}
+    shown = {row.method: row for row in rows if best[row.method] is row}
+    title = _title(rows[0], rows[0].variant)
+    stem = f"{rows[0].data}-{rows[0].benchmark}-{rows[0].variant}"
+    matrices = {name: [run.summary["accuracy"] for run in row.runs] for name, row in shown.items()}
+    save(plots.accuracy_over_time(matrices, title), f"{stem}-accuracy_over_time")
+    scores = {name: (row.accuracy, row.backward_transfer) for name, row in shown.items()}
+    save(plots.bars(scores, ("ACC, %", "BWT, points"), title, signed=(False, True)), f"{stem}-methods")
+    draw_costs(shown, title, stem, save)
+    draw_interference({METHODS.get(name, name): row for name, row in shown.items()}, title, stem, save)
+    for name, row in shown.items():
+        seeds = f"mean of {len(row.runs)} seeds" if len(row.runs) > 1 else f"seed {row.seeds[0]}"
+        heading = title.replace(" data)", f" data), {METHODS.get(name, name)}, {seeds}", 1)
+        save(plots.accuracy_heat_map(plots.mean_matrix(matrices[name]), heading), f"{stem}-{name}-accuracy")
+        columns = plots.mean_columns([run.summary.get("memory_columns") or {} for run in row.runs])
+        if columns:
+            sizes = row.runs[0].summary["memory_input_sizes"]
+            save(plots.memory_growth(columns, sizes, heading), f"{stem}-{name}-memory")
+
+
+def draw_costs(shown: dict[str, Row], title: str, stem: str, save: Save) -> None:
+    """Memory relative to the largest possible GPM, and time of an epoch (the paper's Figure 2)."""
+    sizes = [row.runs[0].summary.get("memory_input_sizes") for row in shown.values()]
+    largest = max((sum(d * d for d in size.values()) for size in sizes if size), default=0)
+    epochs = {name: [run.summary.get("epochs") for run in row.runs] for name, row in shown.items()}
+    if len(shown) < 2 or not largest or not all(all(counts) for counts in epochs.values()):
+        return  # the largest size is known where GPM is among the methods
+    costs = {
+        name: (
+            estimate([100 * run.summary.get("memory_floats", 0) / largest for run in row.runs]),
+            estimate([run.summary["seconds"].get("train", 0.0) / sum(run.summary["epochs"]) for run in row.runs]),
+        )
+        for name, row in shown.items()
+    }
+    save(plots.bars(costs, ("memory, % of the largest GPM", "seconds an epoch"), title), f"{stem}-costs")
+
+
+def draw_interference(shown: dict[str, Row], title: str, stem: str, save: Save) -> None:
+    """Histograms of the interference activations, where two or more rows have recorded them (Figure 3)."""
+    found = {name: [run.summary.get("interference") for run in row.runs] for name, row in shown.items()}
+    found = {name: runs for name, runs in found.items() if all(runs)}
+    if len(found) > 1:
+        save(plots.interference_histograms(found, title), f"{stem}-interference")
+
+
+def draw_sweep(rows: Sequence[Row], name: str, save: Save) -> None:
+    """ACC, BWT and interference over the values of a hyperparameter."""
+    rows = sorted(rows, key=lambda row: _value(row, name))
+    labels = [" ".join(map(str, value)) if isinstance(value := _value(row, name), list) else str(value) for row in rows]
+    others = _others(rows[0], name) or "default"
+    title = _title(rows[0], others, rows[0].method)
+    stem = f"{rows[0].data}-{rows[0].benchmark}-{others}-{rows[0].method}-{name}"
+    save(plots.scores_against(labels, rows, name, title), f"{stem}-sweep")
+    shown = {f"{name} {label}": row for label, row in zip(labels, rows, strict=True)}
+    draw_interference(shown, title, stem, save)
+
+
+def _grouped(rows: Sequence[Row], key: Callable[[Row], tuple]) -> list[list[Row]]:
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.values())
+
+
+def _others(row: Row, name: str) -> str:
+    """A row's variant but for one hyperparameter."""
+    return ",".join(p for p in row.variant.split(",") if p.partition("=")[0] not in (name, "default"))
+
+
+def _value(row: Row, name: str) -> Any:
+    return row.runs[0].summary.get("hyperparameters", {}).get(name)
+
+
+def _title(row: Row, variant: str, method: str | None = None) -> str:
+    title = f"{BENCHMARKS.get(row.benchmark, row.benchmark)} ({row.data} data)"
+    title += f", {METHODS.get(method, method)}" if method else ""
+    return title if variant == "default" else f"{title}\n{variant}"
