@@ -95,7 +95,7 @@ class Options:
     replay_batch: int | None = flag(
         None, "a_gem, er: images drawn from the memory at each step; default --batch_size_train"
     )
-    ewc_lambda: float = flag(20.0, "ewc: weight λ of the penalty λ/2 Σ F (θ - θ*)², with F the Fisher of one image")
+    ewc_lambda: float = flag(10.0, "ewc: weight λ of the penalty λ/2 Σ F (θ - θ*)², with F the Fisher of one image")
     owm_alpha: float = flag(
         100.0, "owm: α of the projector α (α I + Σ x xᵀ)⁻¹; the larger, the more directions stay free to learn in"
     )

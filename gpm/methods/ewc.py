@@ -32,7 +32,7 @@ class EWC(Method):
     CE: both gradients are divided by 1 + lr λ F, lr being the rate that a task starts with. It stops at the same
     point, is the plain step where lr · λ · F is small, and is stable for any λ.
 
-    Hyperparameters: `ewc_lambda` (λ, 20). Code that squares the gradient of a batch's mean loss has a Fisher smaller by
+    Hyperparameters: `ewc_lambda` (λ, 10). Code that squares the gradient of a batch's mean loss has a Fisher smaller by
     about the batch size, and so a larger λ: its usual 5000 at batches of 64 is about 80 here.
 
     Stores F and θ*: two floats for each shared weight.
