@@ -12,12 +12,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gpm.errors import InputError
 
 RETRIES = 5  # after a worker has died
+POLL_SECONDS = 0.2
 STOP_SECONDS = 20  # a stopped run may take this long to save its state
 PR_SET_PDEATHSIG = 1
 
@@ -114,7 +116,9 @@ def execute(command: Sequence[str], log: str, environment: Mapping[str, str], fo
             preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )
         try:
-            return process.wait()
+            while process.poll() is None:  # Ray's cancelling cannot break into a wait
+                time.sleep(POLL_SECONDS)
+            return process.returncode
         finally:  # the code is there, or the task was cancelled
             with contextlib.suppress(OSError):
                 process.terminate()
