@@ -93,7 +93,7 @@ class Options:
         "protected layers",
     )
     replay_batch: int | None = flag(
-        None, "a_gem, er: images drawn from the memory at each step; default --batch_size_train"
+        None, "a_gem, er: images drawn from the memory at each step; default 256 for a_gem, --batch_size_train for er"
     )
     ewc_lambda: float = flag(10.0, "ewc: weight λ of the penalty λ/2 Σ F (θ - θ*)², with F the Fisher of one image")
     owm_alpha: float = flag(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,9 @@ class Reservoir:
 class Replay(Method):
     """What methods with an episodic memory share: its size, its filling, and the loss of a replayed batch.
 
+    Attributes:
+        usual_batch: images replayed at a step where `replay_batch` does not say; None: as many as the batch has.
+
     A task's training images pass through the reservoir once, at its end, so that the memory holds images of earlier
     tasks only, each at most once, however many epochs they were seen. `memory_images` is its size, by default so that
     it holds as many floats as the largest possible GPM: Σ d² over the protected layers.
@@ -85,6 +88,8 @@ class Replay(Method):
 
     Training also moves the heads of earlier tasks, by what is replayed.
     """
+
+    usual_batch: ClassVar[int | None] = None
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
@@ -101,7 +106,7 @@ class Replay(Method):
         """The mean loss over images drawn from the memory, and their number; None and 0 while it is empty."""
         if self.reservoir is None:
             return None, 0
-        n = self.options.replay_batch or self.options.batch_size_train
+        n = self.options.replay_batch or self.usual_batch or self.options.batch_size_train
         drawn = self.reservoir.draw(n, has_batch_statistics(self.model), self.generator)
         return mixed_loss(self.model, *drawn), len(drawn[0])
 
