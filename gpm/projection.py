@@ -129,7 +129,11 @@ class _GradientSide(torch.autograd.Function):
 
 
 class _InputSide(torch.autograd.Function):
-    """y = x Wᵀ + b, whose parameter gradients Δᵀ [X, 1] P are made from projected input rows."""
+    """y = x Wᵀ + b, whose parameter gradients Δᵀ [X, 1] P are made from projected input rows.
+
+    Under autocast the two products of the layer itself run in its dtype, as they would without protection; rows are
+    projected in the weight's dtype, since rounding would put some of the gradient back into the basis.
+    """
 
     @staticmethod
     def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None, project: Projector):
@@ -141,11 +145,12 @@ class _InputSide(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
         inputs, weight = ctx.saved_tensors
-        grad_inputs = grad_output @ weight if ctx.needs_input_grad[0] else None
-        rows = inputs.reshape(-1, inputs.shape[-1])  # (m, d)
+        grad_inputs = (grad_output @ weight.to(grad_output.dtype)).to(inputs.dtype) if ctx.needs_input_grad[0] else None
+        rows = inputs.reshape(-1, inputs.shape[-1]).to(weight.dtype)  # (m, d)
         if ctx.has_bias:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        grad = grad_output.reshape(-1, grad_output.shape[-1]).T @ ctx.project(rows)  # (o, d)
+        deltas = grad_output.reshape(-1, grad_output.shape[-1]).to(weight.dtype)  # (m, o)
+        grad = deltas.T @ ctx.project(rows)  # (o, d)
         if ctx.has_bias:
             return grad_inputs, grad[:, :-1], grad[:, -1], None
         return grad_inputs, grad, None, None
@@ -156,10 +161,8 @@ def _projected_forward(module: nn.Module, project: LayerProjector, inputs: Tenso
     weight, bias = module.weight, module.bias
     if project.is_full:  # the gradient is zero: do not compute it
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-    elif isinstance(module, nn.Linear):
-        # Autocast would hand the hand-written backward two dtypes; the gradient side does not mind.
-        if inputs.numel() < weight.numel() and not torch.is_autocast_enabled(inputs.device.type):
-            return _InputSide.apply(inputs, weight, bias, project.groups[0])
+    elif isinstance(module, nn.Linear) and inputs.numel() < weight.numel():
+        return _InputSide.apply(inputs, weight, bias, project.groups[0])
     if not project.is_full:
         weight, bias = _GradientSide.apply(weight, bias, project)
     if isinstance(module, nn.Linear):
