@@ -60,7 +60,9 @@ def draw_comparison(rows: Sequence[Row], save: Save) -> None:
     scores = {name: (row.accuracy, row.backward_transfer) for name, row in shown.items()}
     save(plots.bars(scores, ("ACC, %", "BWT, points"), title, signed=(False, True)), f"{stem}-methods")
     draw_costs(shown, title, stem, save)
-    draw_interference({METHODS.get(name, name): row for name, row in shown.items()}, title, stem, save)
+    labels = {name: METHODS.get(name, name) for name in shown}
+    colors = {label: plots.style(name, i)[0] for i, (name, label) in enumerate(labels.items())}
+    draw_interference({labels[name]: row for name, row in shown.items()}, colors, title, stem, save)
     for name, row in shown.items():
         seeds = f"mean of {len(row.runs)} seeds" if len(row.runs) > 1 else f"seed {row.seeds[0]}"
         heading = title.replace(" data)", f" data), {METHODS.get(name, name)}, {seeds}", 1)
@@ -72,7 +74,11 @@ def draw_comparison(rows: Sequence[Row], save: Save) -> None:
 
 
 def draw_costs(shown: dict[str, Row], title: str, stem: str, save: Save) -> None:
-    """Memory relative to the largest possible GPM, and time of an epoch (the paper's Figure 2)."""
+    """Memory relative to the largest possible GPM, and time of an epoch (the paper's Figure 2).
+
+    Without joint training, which keeps all images and whose epoch is one of all tasks: it would dwarf the others.
+    """
+    shown = {name: row for name, row in shown.items() if name != "multitask"}
     sizes = [row.runs[0].summary.get("memory_input_sizes") for row in shown.values()]
     largest = max((sum(d * d for d in size.values()) for size in sizes if size), default=0)
     epochs = {name: [run.summary.get("epochs") for run in row.runs] for name, row in shown.items()}
@@ -88,12 +94,12 @@ def draw_costs(shown: dict[str, Row], title: str, stem: str, save: Save) -> None
     save(plots.bars(costs, ("memory, % of the largest GPM", "seconds an epoch"), title), f"{stem}-costs")
 
 
-def draw_interference(shown: dict[str, Row], title: str, stem: str, save: Save) -> None:
+def draw_interference(shown: dict[str, Row], colors: dict[str, Any], title: str, stem: str, save: Save) -> None:
     """Histograms of the interference activations, where two or more rows have recorded them (Figure 3)."""
     found = {name: [run.summary.get("interference") for run in row.runs] for name, row in shown.items()}
     found = {name: runs for name, runs in found.items() if all(runs)}
     if len(found) > 1:
-        save(plots.interference_histograms(found, title), f"{stem}-interference")
+        save(plots.interference_histograms(found, colors, title), f"{stem}-interference")
 
 
 def draw_sweep(rows: Sequence[Row], name: str, save: Save) -> None:
@@ -105,7 +111,7 @@ def draw_sweep(rows: Sequence[Row], name: str, save: Save) -> None:
     stem = f"{rows[0].data}-{rows[0].benchmark}-{others}-{rows[0].method}-{name}"
     save(plots.scores_against(labels, rows, name, title), f"{stem}-sweep")
     shown = {f"{name} {label}": row for label, row in zip(labels, rows, strict=True)}
-    draw_interference(shown, title, stem, save)
+    draw_interference(shown, plots.shades(list(shown)), title, stem, save)
 
 
 def _grouped(rows: Sequence[Row], key: Callable[[Row], tuple]) -> list[list[Row]]:

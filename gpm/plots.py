@@ -84,12 +84,12 @@ def memory_growth(columns: Mapping[str, Sequence[float]], sizes: Mapping[str, in
     width = 8.2 if len(columns) > 6 else 7.2
     figure = Figure(figsize=(width, 4.4 if len(columns) <= 12 else 5.0), layout="constrained")
     axes = figure.add_subplot()
+    colors = shades(list(columns))
     for index, (key, counts) in enumerate(columns.items()):
-        # The colour runs along the depth of the network; markers and dashes tell neighbours apart without it.
-        axes.plot(
+        axes.plot(  # markers and dashes tell neighbours apart without the colour
             range(len(counts)),
             [100 * k / sizes[key] for k in counts],
-            color=colormaps["viridis"](0.88 * index / max(1, len(columns) - 1)),
+            color=colors[key],
             marker=MARKERS[index % len(MARKERS)],
             markersize=4.5,
             linestyle=("-", "--", ":")[index // len(MARKERS) % 3],
@@ -180,7 +180,7 @@ def bars(
             if estimate is None:
                 axes.text(x, 0.1 * room, "–", ha="center", va="bottom", fontsize=TICK)
                 continue
-            color = _style(method, x)[0]
+            color = style(method, x)[0]
             axes.bar(x, estimate.mean, width=0.66, color=color, zorder=2)
             if estimate.std:
                 for ink, thickness in (("white", 3.2), ("#333333", 1.3)):  # a halo, to be seen on dark bars too
@@ -237,11 +237,14 @@ def scores_against(labels: Sequence[str], rows: Sequence[Any], name: str, title:
     return figure
 
 
-def interference_histograms(found: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> Figure:
+def interference_histograms(
+    found: Mapping[str, Sequence[Mapping[str, Any]]], colors: Mapping[str, Any], title: str
+) -> Figure:
     """Densities of the interference activations ΔW x on the first task, a panel for each layer (paper Figure 3).
 
     Args:
         found: of each row, what `gpm.interference.interference` gave for its runs, whose counts are added up.
+        colors: of each row.
         title: what was run.
     """
     layers = list(next(iter(found.values()))[0])
@@ -258,10 +261,10 @@ def interference_histograms(found: Mapping[str, Sequence[Mapping[str, Any]]], ti
             counts = np.sum([run[layer]["counts"] for run in runs], 0)
             ratio = np.mean([run[layer]["ratio"] for run in runs])
             density = counts / counts.sum() / np.diff(EDGES)
-            color = list(STYLES.values())[index % len(STYLES)][0]
+            color = colors[label]
             axes.stairs(np.where(density > 0, density, np.nan), EDGES, color=color, linewidth=1.3, label=label)
             axes.text(
-                0.97,
+                0.93,
                 0.95 - 0.1 * index,
                 f"{100 * ratio:.2g} %",
                 color=color,
@@ -269,6 +272,7 @@ def interference_histograms(found: Mapping[str, Sequence[Mapping[str, Any]]], ti
                 ha="right",
                 va="top",
                 transform=axes.transAxes,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
             )
         axes.set_yscale("log")
         axes.set_title(layer, fontsize=LABEL)
@@ -286,6 +290,11 @@ def interference_histograms(found: Mapping[str, Sequence[Mapping[str, Any]]], ti
         width,
     )
     return figure
+
+
+def shades(labels: Sequence[str]) -> dict[str, Any]:
+    """Colours that rise with a row's place: of the values of a hyperparameter, or of layers along a network's depth."""
+    return {label: colormaps["viridis"](0.88 * i / max(1, len(labels) - 1)) for i, label in enumerate(labels)}
 
 
 def mean_matrix(matrices: Sequence[AccuracyMatrix]) -> list[list[float | None]]:
@@ -312,7 +321,7 @@ def _array(accuracy: AccuracyMatrix) -> np.ndarray:
 
 def _curve(axes: Axes, curves: np.ndarray, method: str, index: int) -> None:
     """One method's mean over seeds and its band; curves is (seeds, tasks)."""
-    color, marker = _style(method, index)
+    color, marker = style(method, index)
     mean = curves.mean(0)
     x = np.arange(len(mean))
     line = {"color": color, "label": METHODS.get(method, method), "linewidth": 1.8, "zorder": 3}
@@ -325,7 +334,8 @@ def _curve(axes: Axes, curves: np.ndarray, method: str, index: int) -> None:
         axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.18, linewidth=0)
 
 
-def _style(method: str, index: int) -> tuple[str, str]:
+def style(method: str, index: int) -> tuple[str, str]:
+    """A method's colour and marker, the same in every picture; for an unknown method those of its place."""
     fallback = list(STYLES.values())[index % len(STYLES)]
     return STYLES.get(method, fallback)
 

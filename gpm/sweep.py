@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from gpm import comparison, figures, summaries, tables
@@ -69,6 +70,7 @@ REMARK = re.compile(r"(continued|note:|warning:) .*")
 FOLDER = re.compile(r"^\s*(\S.*)/summary\.json", re.MULTILINE)
 POLL_SECONDS = 0.3
 STOP_SECONDS = 30  # a stopped run may take this long to save its state
+RUN_BYTES = 2**31  # of memory that a run may take: images, network and optimiser of the largest benchmark
 
 
 class Job(NamedTuple):
@@ -281,6 +283,17 @@ def available_cores() -> int:
     return cores
 
 
+def usual_jobs(n_jobs: int) -> int:
+    """How many of some runs go side by side where nobody says.
+
+    On a CPU two runs with a thread each are done sooner than one after the other with two (docs/performance.md).
+    """
+    if torch.cuda.is_available():
+        return 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(n_jobs, available_cores(), memory // RUN_BYTES))
+
+
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """Let SIGTERM unwind this process as Ctrl-C does."""
@@ -315,7 +328,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     add("--seeds", nargs="+", type=int, metavar="SEED", help="default: each script's own, the released code's")
     add("--table", type=int, choices=tuple(TABLES), help="with paper: all methods of a table of the paper, seeds 1-5")
-    add("--jobs", type=int, metavar="N", help="runs side by side (default: embedded 2 or the number of cores, paper 1)")
+    add(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs side by side (default: as many as cores and memory hold; 1 where there is a GPU)",
+    )
     add(
         "--sweep",
         type=sweep_of,
@@ -385,9 +403,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, passed_on = parse(argv)
         jobs = make_jobs(args, passed_on)
-        cores = available_cores()
-        n_at_once = args.jobs or (min(2, cores) if args.what == "embedded" else 1)
-        threads = max(1, cores // n_at_once)
+        n_at_once = args.jobs or usual_jobs(len(jobs))
+        threads = max(1, available_cores() // n_at_once)
         cluster = None
         if args.ray:
             threads = int(os.environ.get("OMP_NUM_THREADS", "1"))

@@ -71,6 +71,17 @@ def test_a_table_is_methods_by_benchmarks_by_seeds():
     assert len(commands("paper", "--table", "1", "--methods", "gpm", "naive")) == 3 * 2 * 5
 
 
+@pytest.mark.parametrize(
+    ("n_jobs", "cores", "gpu", "gigabytes", "expected"),
+    [(8, 2, False, 24, 2), (1, 2, False, 24, 1), (100, 64, False, 24, 12), (8, 16, True, 24, 1), (8, 4, False, 1, 1)],
+)
+def test_runs_side_by_side_as_the_machine_allows(monkeypatch, n_jobs, cores, gpu, gigabytes, expected):
+    monkeypatch.setattr(sweep, "available_cores", lambda: cores)
+    monkeypatch.setattr(sweep.torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gigabytes * 2**18}.get)
+    assert sweep.usual_jobs(n_jobs) == expected
+
+
 def test_a_sweep_runs_gpm_at_each_value():
     found = commands("paper", "--only", "pmnist", "--sweep", "threshold=0.9 0.95 0.95,0.99", "--seeds", "1")
     tail = [command[command.index("--threshold") + 1 :] for command in found]
