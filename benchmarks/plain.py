@@ -7,7 +7,7 @@ Dense d x d products on finished gradients; Python loops that cut out one patch 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpm.memory import normalization_parameters
+from gpm.memory import frozen, normalization_parameters
 from gpm.methods.gpm import GPM
 from gpm.representation import Layer
 from gpm.task import Task
@@ -33,14 +33,8 @@ class DenseGPM(GPM):
             (layer.module.weight, (self.memory.bases[name] @ self.memory.bases[name].T).to(layer.module.weight))
             for name, layer in self.memory.layers.items()
         ]
-        frozen = list(normalization_parameters(self.model))
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
+        with frozen(normalization_parameters(self.model)):
             yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
 
     def after_backward(self, t: int) -> None:
         """Replace the gradients by projected ones."""
@@ -61,13 +55,11 @@ def update(
     """The bases of some layers after a task (Eqs. 5, 8 and 9): one forward pass, then layer after layer."""
     model.eval()
     inputs = {}
-    handles = [
-        layer.module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
-        for name, layer in layers.items()
-    ]
-    forward(images)
-    for handle in handles:
-        handle.remove()
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            keep = lambda _, args, name=name: inputs.update({name: args[0]})  # noqa: E731
+            hooks.enter_context(layer.module.register_forward_pre_hook(keep))
+        forward(images)
     return {
         name: extend_basis(
             bases[name], representation(layer.module, inputs[name][: samples.get(name)]), thresholds[name]

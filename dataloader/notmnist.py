@@ -37,12 +37,10 @@ def fetch(folder: Path, timeout: float) -> RawSet:
         OSError: the download failed.
     """
     archive = folder / ARCHIVE
-    if not archive.is_file():
+    if archive.is_file():
+        _verify(archive)
+    else:
         _download(archive, timeout)
-    with archive.open("rb") as file:
-        found = hashlib.md5(file.read()).hexdigest()  # 8 MB
-    if found != MD5:
-        raise DataError(f"{archive} has MD5 {found}, not {MD5}; delete it and try again")
     images, labels, n_skipped = read_archive(archive)
     print(f"notmnist: {len(labels):,} images, {n_skipped} undecodable files skipped", file=sys.stderr)
     return split(images, labels)
@@ -53,7 +51,14 @@ def _download(archive: Path, timeout: float) -> None:
     partial = archive.with_name(archive.name + ".part")
     with urllib.request.urlopen(URL, timeout=timeout) as response, partial.open("wb") as file:
         shutil.copyfileobj(response, file)
+    _verify(partial)  # before it takes the name that is never downloaded again
     partial.replace(archive)
+
+
+def _verify(archive: Path) -> None:
+    found = hashlib.md5(archive.read_bytes()).hexdigest()  # 8 MB
+    if found != MD5:
+        raise DataError(f"{archive} has MD5 {found}, not {MD5}; delete it and try again")
 
 
 def read_archive(path: Path) -> tuple[np.ndarray, np.ndarray, int]:

@@ -21,10 +21,8 @@ class Part(NamedTuple):
     labels: np.ndarray  # (n,) int64
     order: np.ndarray  # (n,) positions, see content.content_order
 
-    def rows_of(self, classes: Iterable[int] | None = None) -> np.ndarray:
-        """Positions of the images of some classes (all classes if None), in content order."""
-        if classes is None:
-            return self.order
+    def rows_of(self, classes: Iterable[int]) -> np.ndarray:
+        """Positions of the images of some classes, in content order."""
         return self.order[np.isin(self.labels[self.order], list(classes))]
 
 

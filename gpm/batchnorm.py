@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -37,13 +37,11 @@ def training_statistics(model: nn.Module, forward: Callable[[Tensor], Tensor], b
         counts[name] = counts.get(name, 0) + values.shape[1]
 
     model.eval()
-    handles = [module.register_forward_pre_hook(partial(listen, name)) for name, module in batch_norms(model).items()]
-    try:
+    with ExitStack() as hooks:
+        for name, module in batch_norms(model).items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(listen, name)))
         for batch in batches:
             forward(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     statistics = {}
     for name, (first, second) in sums.items():
         mean = first / counts[name]

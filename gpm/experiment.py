@@ -19,10 +19,9 @@ from gpm.files import write_json, write_text
 from gpm.interference import interference
 from gpm.interrupts import deferred, stoppable
 from gpm.methods import make_method
-from gpm.methods.base import Method
+from gpm.methods.base import Method, shared_layers
 from gpm.options import Options, check, results_options, variant
 from gpm.progress import Progress
-from gpm.representation import find_layers
 from gpm.runfolder import check_same_run, describe_model, hold, read_summary, run_folder
 from gpm.task import Benchmark, Split, Task, batches, join
 from gpm.training import Epoch, TaskProgress, evaluate, start_task, train_task
@@ -141,8 +140,7 @@ class Run:
             self.seconds["evaluate"] += evaluate_seconds
             self.position, self.task_progress = t + 1, None
             self.save()
-        sizes = memory.input_sizes if memory else {}
-        self.progress.task(t, task.name, self.accuracy["test"], memory.columns if memory else {}, sizes)
+        self.progress.task(t, task.name, self.accuracy["test"], memory)
 
     def test(self, j: int, split: Split) -> float | None:
         """Accuracy on a split of task j, percent; None where the split is empty."""
@@ -159,8 +157,7 @@ class Run:
         if not self.first or self.options.n_tasks == 1 or type(self.method).testing is not Method.testing:
             return {}
         images = self.benchmark.tasks[0].test.images[:INTERFERENCE_IMAGES]
-        layers = find_layers(model, exclude=["heads"] if hasattr(model, "heads") else [])
-        return interference(model, layers, self.first, lambda: model(images, 0))
+        return interference(model, shared_layers(model), self.first, lambda: model(images, 0))
 
     def training_statistics(self, j: int) -> batchnorm.Statistics:
         """BatchNorm's statistics over the training images of task j."""

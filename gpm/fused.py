@@ -20,6 +20,14 @@ from gpm.projection import LayerProjector, Projector
 from gpm.task import Split
 
 
+def chain_outputs(weights: Sequence[Tensor], images: Tensor) -> list[Tensor]:
+    """What goes into each layer of the chain, and its logits: (B, d), …, (B, classes)."""
+    outputs = [images]
+    for weight in weights[:-1]:
+        outputs.append(torch.mm(outputs[-1], weight.T).relu_())
+    return [*outputs, torch.mm(outputs[-1], weights[-1].T)]
+
+
 class FusedChain:
     """Plain SGD on the cross-entropy of a chain Linear, ReLU, …, Linear without biases.
 
@@ -60,10 +68,7 @@ class FusedChain:
     def step(self, images: Tensor, projected: Tensor, targets: Tensor, lr: float) -> Tensor:
         """Update the weights by one batch (B, d); returns its logits (B, classes) from before the update."""
         weights = self.weights
-        inputs = [images]  # X of each layer
-        for weight in weights[:-1]:
-            inputs.append(torch.mm(inputs[-1], weight.T).relu_())
-        logits = torch.mm(inputs[-1], weights[-1].T)
+        *inputs, logits = chain_outputs(weights, images)
         delta = torch.softmax(logits, 1).sub_(targets)  # (B, o), gradient of the summed loss by the layer's output
         for i in range(len(weights) - 1, -1, -1):
             weight, x = weights[i], inputs[i]

@@ -43,6 +43,8 @@ def tune(device: torch.device, model: nn.Module, options: Options) -> None:
       its pages are faulted in again at the next step.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and graphs are made on the current one
     if device.type != "cpu":
         return
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
@@ -51,8 +53,8 @@ def tune(device: torch.device, model: nn.Module, options: Options) -> None:
         torch.set_num_threads(1)
     if platform.libc_ver()[0] == "glibc":
         libc, mmap_threshold, trim_threshold = ctypes.CDLL(None), -3, -1
-        libc.mallopt(mmap_threshold, 2**30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        if libc.mallopt(mmap_threshold, 2**30) or libc.mallopt(mmap_threshold, 2**25):  # older versions allow no more
+            libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def describe(device: torch.device) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -48,14 +49,14 @@ def interference(
 
         return hook
 
-    handles = [layer.module.register_forward_hook(compare(layer)) for layer in layers.values()]
     try:
-        model.load_state_dict(before)
-        model.eval()
-        forward()
+        with ExitStack() as hooks:
+            for layer in layers.values():
+                hooks.enter_context(layer.module.register_forward_hook(compare(layer)))
+            model.load_state_dict(before)
+            model.eval()
+            forward()
     finally:
-        for handle in handles:
-            handle.remove()
         model.load_state_dict(now)
         for module, mode in modes.items():
             module.training = mode

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gpm.errors import DivergenceError, InputError
 from gpm.files import load_tensors, save_tensors
-from gpm.projection import LayerProjector, projected_gradients
+from gpm.projection import LayerProjector, layer_projector, projected_gradients
 from gpm.representation import Representation, find_layers, representations
 from gpm.subspace import RankRule, extend_basis, extend_basis_from_gram
 
@@ -70,7 +70,7 @@ class GradientProjectionMemory:
     @property
     def full_layers(self) -> list[str]:
         """Keys whose every direction is taken: these layers can no longer learn."""
-        return [key for key, (d, k) in ((key, basis.shape) for key, basis in self.bases.items()) if k == d]
+        return [key for key, basis in self.bases.items() if basis.shape[1] == basis.shape[0]]
 
     def update(
         self,
@@ -119,15 +119,9 @@ class GradientProjectionMemory:
         With an optimiser that moves weights off the projected gradient (Adam, weight decay), also wrap it in
         `protect_update`.
         """
-        frozen = [p for p in normalization_parameters(self.model) if p.requires_grad] if self.n_updates else []
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
-            with projected_gradients(self.layers, self.bases) as projectors:
-                yield projectors
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+        freezing = frozen(normalization_parameters(self.model)) if self.n_updates else nullcontext()
+        with freezing, projected_gradients(self.layers, self.bases) as projectors:
+            yield projectors
 
     @contextmanager
     def protect_update(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
@@ -136,9 +130,7 @@ class GradientProjectionMemory:
         For optimisers whose update is not a combination of gradients: Adam rescales entries, weight decay adds W.
         It projects the update itself, W ← W₀ + (W - W₀) P, at the price of a copy of the weights.
         """
-        projectors = {
-            name: LayerProjector(layer, [self.bases[key] for key in layer.keys]) for name, layer in self.layers.items()
-        }
+        projectors = {name: layer_projector(layer, self.bases) for name, layer in self.layers.items()}
         before: dict[str, list[Tensor | None]] = {}
 
         def remember(*_: Any) -> None:
@@ -156,28 +148,24 @@ class GradientProjectionMemory:
                     if parameter is not None:
                         parameter.copy_(start + step)
 
-        handles = [optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(project)]
-        try:
+        with optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(project):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def leak(self, before: Mapping[str, Tensor]) -> dict[str, float | None]:
         """‖ΔW M‖ / ‖ΔW‖ by key: the part of the weights' movement in protected directions; rounding, if all is well.
 
         Args:
-            before: the model's state_dict from where the movement is measured.
+            before: the model's state_dict from where the movement is measured, on any device.
         Returns:
             None where nothing moved, as in a full layer.
         """
         ratios = {}
         for name, layer in self.layers.items():
-            moved = layer.module.weight - before[f"{name}.weight"]
-            rows = moved.flatten(1)  # (o, d)
-            if layer.module.bias is not None:
-                rows = torch.cat([rows, (layer.module.bias - before[f"{name}.bias"])[:, None]], dim=1)
+            weight, bias = layer.module.weight, layer.module.bias
+            rows = (weight - before[f"{name}.weight"].to(weight)).flatten(1)  # (o, d)
+            if bias is not None:
+                rows = torch.cat([rows, (bias - before[f"{name}.bias"].to(bias))[:, None]], dim=1)
             for key, part in zip(layer.keys, rows.chunk(layer.groups), strict=True):
                 basis, length = self.bases[key], part.norm().item()
                 inside = (part @ basis.to(part.dtype)).norm().item()
@@ -208,6 +196,19 @@ class GradientProjectionMemory:
         if not isinstance(state, dict) or not {"bases", "n_updates"} <= state.keys():
             raise InputError(f"{path} holds no memory; give a file that `save` wrote")
         self.load_state_dict(state)
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within this context the parameters get no gradient; those that got none before get none afterwards."""
+    changed = [p for p in parameters if p.requires_grad]
+    for p in changed:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in changed:
+            p.requires_grad_(True)
 
 
 def normalization_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
 from gpm.errors import InputError
+from gpm.memory import GradientProjectionMemory
 from gpm.metrics import AccuracyMatrix
 from gpm.options import Options
 from gpm.training import Epoch
@@ -62,9 +62,7 @@ class Progress:
                 if getattr(epoch, name) is not None:
                     self.board.add_scalar(f"epoch/{name}", getattr(epoch, name), self.epochs_seen)
 
-    def task(
-        self, t: int, name: str, accuracy: AccuracyMatrix, columns: Mapping[str, int], sizes: Mapping[str, int]
-    ) -> None:
+    def task(self, t: int, name: str, accuracy: AccuracyMatrix, memory: GradientProjectionMemory | None) -> None:
         """A task is learned: the accuracy matrix so far, and the memory's size."""
         self.epochs_seen = (t + 1) * self.n_epochs  # a plateau may have ended the task early
         self.bar.update(self.epochs_seen - self.bar.n)
@@ -73,18 +71,20 @@ class Progress:
             if all(value is None for value in row):  # tasks learned jointly are measured once, at the end
                 continue
             self.say(f"  {i + 1:>2} " + " ".join(f"{value:6.2f}" for value in row if value is not None))
-        if columns:
-            parts = [f"{key} {k}/{sizes[key]} ({100 * k / sizes[key]:.0f} %)" for key, k in columns.items()]
+        shares = {}
+        if memory:
+            columns, sizes = memory.columns, memory.input_sizes
+            shares = {key: 100 * k / sizes[key] for key, k in columns.items()}
+            parts = [f"{key} {k}/{sizes[key]} ({shares[key]:.0f} %)" for key, k in columns.items()]
             self.say("memory, columns of the most possible: " + ", ".join(parts))
-        full = [key for key, k in columns.items() if k == sizes[key]]
-        if full:
-            self.say(f"memory is full, so these layers can no longer learn: {', '.join(full)}")
+            if memory.full_layers:
+                self.say(f"memory is full, so these layers can no longer learn: {', '.join(memory.full_layers)}")
         if self.board:
             for j, value in enumerate(accuracy[t][: t + 1]):
                 if value is not None:
                     self.board.add_scalar(f"test_accuracy/task_{j + 1}", value, t + 1)
-            for key, k in columns.items():
-                self.board.add_scalar(f"memory/{key}", 100 * k / sizes[key], t + 1)
+            for key, share in shares.items():
+                self.board.add_scalar(f"memory/{key}", share, t + 1)
 
     def close(self) -> None:
         """Leave the bar and close the log."""

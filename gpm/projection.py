@@ -51,27 +51,19 @@ def cheapest_route(d: int, k: int) -> Route:
 
 
 class Projector:
-    """Multiplies rows by P = I - M Mᵀ.
+    """Multiplies rows by a symmetric matrix P (d, d).
 
     Args:
-        basis: (d, k) orthonormal columns, float64.
-        dtype: of the rows.
-        route: chosen by cost where not given.
+        route: in which form.
+        factor: in the rows' dtype: P itself for "dense", N for "keep", else M.
     """
 
-    def __init__(self, basis: Tensor, dtype: torch.dtype, route: Route | None = None) -> None:
-        self.route = cheapest_route(*basis.shape) if route is None else route
-        if self.route == "dense":
-            factor = torch.eye(len(basis), dtype=basis.dtype, device=basis.device) - basis @ basis.T
-        elif self.route == "keep":
-            factor = orthogonal_complement(basis)
-        else:
-            factor = basis
-        self.factor = factor.to(dtype).contiguous()
+    def __init__(self, route: Route, factor: Tensor) -> None:
+        self.route, self.factor = route, factor.contiguous()
         self.factor_t = self.factor.T.contiguous()  # a product of two plain row-major matrices is the fastest one
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """rows (m, d) to (m, d), each orthogonal to the basis."""
+        """rows (m, d) to rows P (m, d)."""
         if self.route == "none":
             return rows
         if self.route == "zero":
@@ -84,12 +76,32 @@ class Projector:
         return torch.addmm(rows, inside, self.factor_t, alpha=-1)
 
 
-class LayerProjector:
-    """Projects the gradients of one layer's parameters, of all groups and with the bias as one more input."""
+def orthogonal_projector(basis: Tensor, dtype: torch.dtype, route: Route | None = None) -> Projector:
+    """Multiplies rows by P = I - M Mᵀ.
 
-    def __init__(self, layer: Layer, bases: list[Tensor]) -> None:
-        weight = layer.module.weight
-        self.groups = [Projector(basis.to(weight.device), weight.dtype) for basis in bases]
+    Args:
+        basis: (d, k) orthonormal columns, float64.
+        dtype: of the rows.
+        route: chosen by cost where not given.
+    """
+    route = cheapest_route(*basis.shape) if route is None else route
+    factor = basis
+    if route == "dense":
+        factor = torch.eye(len(basis), dtype=basis.dtype, device=basis.device) - basis @ basis.T
+    elif route == "keep":
+        factor = orthogonal_complement(basis)
+    return Projector(route, factor.to(dtype))
+
+
+class LayerProjector:
+    """Projects the gradients of one layer's parameters, of all groups and with the bias as one more input.
+
+    Args:
+        groups: one for each of the layer's keys.
+    """
+
+    def __init__(self, groups: list[Projector]) -> None:
+        self.groups = groups
 
     @property
     def is_idle(self) -> bool:
@@ -112,6 +124,12 @@ class LayerProjector:
         if bias is None:
             return rows.view_as(weight), None
         return rows[:, :-1].reshape(weight.shape), rows[:, -1]
+
+
+def layer_projector(layer: Layer, bases: Mapping[str, Tensor]) -> LayerProjector:
+    """Makes a layer's gradients orthogonal to its bases, (d, k) by key."""
+    weight = layer.module.weight
+    return LayerProjector([orthogonal_projector(bases[key].to(weight.device), weight.dtype) for key in layer.keys])
 
 
 class _GradientSide(torch.autograd.Function):
@@ -183,7 +201,7 @@ def projected_gradients(
         layers: the layers to protect, by name.
         bases: (d, k) for each key of each layer.
     """
-    projectors = {name: LayerProjector(layer, [bases[key] for key in layer.keys]) for name, layer in layers.items()}
+    projectors = {name: layer_projector(layer, bases) for name, layer in layers.items()}
     with projecting(layers, projectors):
         yield projectors
 

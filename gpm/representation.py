@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +118,8 @@ class Representation:
         """Append columns (d, m)."""
         self.n += columns.shape[1]
         if self.gram is None and self.n < self.d:
-            self.columns = columns if self.columns is None else torch.cat([self.columns, columns], dim=1)
+            # A copy also of the first ones: they may be a view of an activation that the model changes in place.
+            self.columns = columns.clone() if self.columns is None else torch.cat([self.columns, columns], dim=1)
             return
         for block in (self.columns, *columns.split(max(1, BLOCK_ENTRIES // self.d), dim=1)):
             if block is not None:
@@ -152,20 +154,19 @@ def representations(
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             inputs = args[0][: samples.get(layer.name)]
             # A few images at a time, since a patch repeats its pixels up to kernel-size times.
-            entries = layer.input_size * inputs[0, ..., 0].numel() if inputs.ndim > 2 else layer.input_size
+            positions = inputs[0, ..., 0] if isinstance(layer.module, nn.Linear) else inputs[0, 0]  # at stride 1
+            entries = layer.input_size * positions.numel()
             for block in inputs.split(max(1, BLOCK_ENTRIES // entries)):
                 for key, columns in zip(layer.keys, input_columns(layer, block), strict=True):
                     gathered[key].add(columns)
 
         return hook
 
-    handles = [layer.module.register_forward_pre_hook(listen(layer)) for layer in layers.values()]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers.values():
+            hooks.enter_context(layer.module.register_forward_pre_hook(listen(layer)))
         for batch in batches:
             forward(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     for key, representation in gathered.items():
         if representation.n == 0:
             raise InputError(f"layer {key} did not run in the forward pass, so its inputs are unknown: exclude it")

@@ -6,13 +6,14 @@ All three compute the same steps; `--step eager` asks for the last, which fits e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gpm.fused import FusedChain
+from gpm.fused import FusedChain, chain_outputs
 from gpm.methods.base import Method
 from gpm.options import Options
 from gpm.task import Split, Task, batches
@@ -30,14 +31,30 @@ class Steps(Protocol):
 
 def make_steps(method: Method, optimizer: torch.optim.Optimizer, t: int, task: Task, options: Options) -> Steps:
     """The fastest form of a task's training steps that fits the method, the model and the device."""
-    device = task.train.images.device
-    chain = getattr(method.model, "relu_chain", None)
-    plain_sgd = options.momentum == 0 and options.amp == "off"
-    if options.step == "auto" and device.type == "cpu" and chain and plain_sgd and method.has_plain_step:
-        return FusedSteps(method, task.train, options.batch_size_train)
-    if options.step == "auto" and device.type == "cuda" and method.has_plain_step:
-        return GraphSteps(method, optimizer, t, task.train, options)
+    device = task.train.images.device.type
+    if options.step == "auto" and method.has_plain_step:
+        plain_sgd = options.momentum == 0 and options.amp == "off"
+        if device == "cpu" and plain_sgd and is_plain_chain(method.model, optimizer, t, task.train.images[:2]):
+            return FusedSteps(method, task.train, options.batch_size_train)
+        if device == "cuda":
+            return GraphSteps(method, optimizer, t, task.train, options)
     return EagerSteps(method, optimizer, t, task.train, options)
+
+
+def is_plain_chain(model: nn.Module, optimizer: torch.optim.Optimizer, t: int, images: Tensor) -> bool:
+    """Whether a model is the chain of Linear layers and ReLUs that its `relu_chain` says, and all of it is trained.
+
+    Its forward may have been changed since (another activation, dropout), or some of its weights frozen.
+    """
+    layers = getattr(model, "relu_chain", None)
+    if layers is None or any(layer.bias is not None for layer in layers):
+        return False
+    trained = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    if trained != {layer.weight for layer in layers}:
+        return False
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        logits = chain_outputs([layer.weight for layer in layers], images)[-1]
+        return torch.allclose(model.train()(images, t), logits, rtol=1e-3, atol=1e-5)
 
 
 class FusedSteps:
@@ -131,36 +148,41 @@ class GraphSteps(EagerSteps):
         return loss
 
     def capture(self, images: Tensor, labels: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
-        """Record one step on static copies of a batch, leaving weights, optimiser and random state as they were."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        before = [p.detach().clone() for p in parameters]
-        momenta = [self.optimizer.state[p].get("momentum_buffer") for p in parameters]
-        momenta_before = [None if m is None else m.clone() for m in momenta]
-        random_state = torch.cuda.get_rng_state(images.device)
+        """Record one step on static copies of a batch; recording runs nothing, and the rehearsal leaves no trace."""
         images, labels = images.clone(), labels.clone()
-
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with self.rehearsal():
             for _ in range(WARM_UP_STEPS):
                 self.step(images, labels)
-        torch.cuda.current_stream().wait_stream(side)
-
         graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # back on it also after a failure
+            loss = self.step(images, labels)
+        return graph, images, labels, loss
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Within this context steps run on a side stream; weights, buffers, momenta and random state come back."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        changed = [*parameters, *self.method.model.buffers()]
+        before = [value.detach().clone() for value in changed]
+        momenta = [self.optimizer.state[p].get("momentum_buffer") for p in parameters]
+        momenta_before = [None if m is None else m.clone() for m in momenta]
+        random_state = torch.cuda.get_rng_state()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.graph(graph):
-                loss = self.step(images, labels)
+            with torch.cuda.stream(side):
+                yield
         finally:
+            torch.cuda.current_stream().wait_stream(side)
             with torch.no_grad():
-                for parameter, value in zip(parameters, before, strict=True):
-                    parameter.copy_(value)
-                for parameter, value in zip(parameters, momenta_before, strict=True):
+                for value, old in zip(changed, before, strict=True):
+                    value.copy_(old)
+                for parameter, old in zip(parameters, momenta_before, strict=True):
                     buffer = self.optimizer.state[parameter].get("momentum_buffer")
                     if buffer is not None:  # the buffer of a first step starts from zero
-                        buffer.zero_() if value is None else buffer.copy_(value)
-            torch.cuda.set_rng_state(random_state, images.device)
-        return graph, images, labels, loss
+                        buffer.zero_() if old is None else buffer.copy_(old)
+            torch.cuda.set_rng_state(random_state)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -48,8 +48,8 @@ def command(row: Row) -> str:
 
 
 def _flag(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
+    if value is True:
+        return f"--{name}"
     if isinstance(value, dict):
         value = [f"{key}={count}" for key, count in value.items()]
     return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"

@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -215,16 +216,11 @@ def find_divergence(
             first.append("the loss")
         return loss
 
-    handles = [
-        module.register_forward_hook(partial(watch, name))
-        for name, module in model.named_modules()
-        if not list(module.children())
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if not list(module.children()):
+                hooks.enter_context(module.register_forward_hook(partial(watch, name)))
         steps.walk(seeded_order(method, t, progress.epoch, task.train.labels), step)
-    finally:
-        for handle in handles:
-            handle.remove()
     where = f"step {count}, {first[0]} went first" if first else "though not when taken one step at a time"
     place = f"task {t + 1}, epoch {progress.epoch + 1}, {where}"
     return f"the loss is no longer finite: {place}; lr was {lr:g}: try a lower one"

@@ -51,7 +51,7 @@ def test_owm_projector_is_that_of_the_recursion_and_meets_the_gradient():
     layers = {name: model.get_submodule(name) for name in ("stem", "conv1", "fc")}
     expected = sequential_projectors(model.eval(), layers, [task.train.images], alpha=0.3)
     for name, P in expected.items():
-        assert_close(owm.projector(name).numpy(), P)
+        assert_close(owm.matrix(name).numpy(), P)
 
     images, labels = picture_task(1).train
     owm.loss(images, labels, 1).backward()

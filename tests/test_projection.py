@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from gpm import GradientProjectionMemory
-from gpm.projection import LayerProjector, Projector, cheapest_route, projected_gradients
+from gpm.projection import cheapest_route, layer_projector, orthogonal_projector, projected_gradients
 from gpm.representation import find_layers
 from tests import reference
 
@@ -35,7 +35,7 @@ def test_every_route_is_the_dense_product(d, k, m, dtype):
     always_right = ["subtract", "keep", "dense"]
     special = {0: ["none"], d: ["zero"]}.get(k, [])
     for route in [None, *always_right, *special]:
-        projected = Projector(basis, dtype, route)(rows)
+        projected = orthogonal_projector(basis, dtype, route)(rows)
         assert projected.dtype == dtype
         assert_close(projected, expected, atol=TOLERANCE[dtype], rtol=0, msg=lambda m, route=route: f"{route}: {m}")
 
@@ -51,7 +51,7 @@ def test_the_cheapest_route(d, k, route):
 def test_projection_is_idempotent_and_orthogonal_to_the_basis():
     for d, k in [(6, 2), (200, 30), (200, 100), (200, 180)]:
         basis = orthonormal(d, k)
-        project = Projector(basis, DOUBLE)
+        project = orthogonal_projector(basis, DOUBLE)
         once = project(normal(9, d))
         assert_close(project(once), once, atol=1e-13, rtol=0)
         assert_close(once @ basis, torch.zeros(9, k, dtype=DOUBLE), atol=1e-13, rtol=0)
@@ -77,7 +77,7 @@ def test_layer_projector_takes_each_group_and_the_bias_along(columns, bias, dtyp
     layer = find_layers(nn.Sequential(conv))["0"]
     bases = [orthonormal(layer.input_size, min(k, layer.input_size), seed=k) for k in columns]
     weight, shift = normal(6, 2, 1, 4, dtype=dtype), normal(6, dtype=dtype) if bias else None
-    projected = LayerProjector(layer, bases)(weight, shift)
+    projected = layer_projector(layer, dict(zip(layer.keys, bases, strict=True)))(weight, shift)
     expected = project_by_reference(weight, shift, bases)
     assert_close(projected[0], expected[0], atol=TOLERANCE[dtype], rtol=0)
     assert projected[1] is None if not bias else torch.allclose(projected[1], expected[1], atol=TOLERANCE[dtype])

@@ -235,3 +235,27 @@ class TestRepresentations:
     def test_nothing_is_kept_for_backward(self, network):
         gathered = representations(find_layers(network, ["heads"]), network, [normal(20, 2, 3, 3)])
         assert not any(gram(representation).requires_grad for representation in gathered.values())
+
+
+def test_inputs_that_the_model_overwrites_are_remembered_as_they_were():
+    fc, x = nn.Linear(8, 8, bias=False).double(), normal(5, 8)
+
+    def residual_in_place(images: Tensor) -> Tensor:
+        inputs = images.clone()
+        inputs += fc(inputs)
+        return inputs
+
+    found = representations(find_layers(nn.Sequential(fc)), residual_in_place, [x])["0"]
+    assert_close(found.columns, x.T)
+
+
+def test_a_block_of_patches_stays_within_its_bound(monkeypatch):
+    sizes = []
+    add = Representation.add
+    monkeypatch.setattr(gpm.representation, "BLOCK_ENTRIES", 5000)
+    monkeypatch.setattr(
+        Representation, "add", lambda self, columns: (sizes.append(columns.numel()), add(self, columns))
+    )
+    conv = nn.Conv2d(2, 3, 3, padding=1).double()
+    representations(find_layers(nn.Sequential(conv)), conv, [normal(9, 2, 10, 12)])
+    assert sizes == 4 * [2 * 19 * 120] + [19 * 120]  # two images at a time, 19 inputs at 120 positions

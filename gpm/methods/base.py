@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from gpm.memory import GradientProjectionMemory
 from gpm.options import Options
 from gpm.projection import LayerProjector
+from gpm.representation import Layer, find_layers
 from gpm.task import Task
 
 
@@ -82,6 +83,16 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
+
+
+def task_heads(model: nn.Module) -> list[str]:
+    """The names of the modules that belong to single tasks: what no method protects."""
+    return ["heads"] if hasattr(model, "heads") else []
+
+
+def shared_layers(model: nn.Module) -> dict[str, Layer]:
+    """The layers that all tasks share, by name."""
+    return find_layers(model, exclude=task_heads(model))
 
 
 def trainable_parameters(model: nn.Module, heads: Collection[int]) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gpm.methods.base import Method, trainable_parameters
 from gpm.options import Options
 from gpm.seeds import generator
-from gpm.task import Split, Task
+from gpm.task import Split, Task, batches
 
 BATCH = 64  # images whose scores are summed before squaring; any number gives the same expectation
 
@@ -72,8 +72,8 @@ class EWC(Method):
         random = generator(self.options.seed, "fisher", t)
         order = torch.randperm(len(train.labels), generator=random).to(train.labels.device)
         fisher = {name: torch.zeros_like(p) for name, p in self.shared.items()}
-        for index in order.split(BATCH):
-            log_p = self.model(train.images[index], t).log_softmax(1)
+        for start, stop in batches(len(order), BATCH):
+            log_p = self.model(train.images[order[start:stop]], t).log_softmax(1)
             noise = torch.rand(log_p.shape, generator=random, dtype=torch.float64).to(log_p.device)
             y = (log_p.detach() - (-noise.log()).log()).argmax(1)  # Gumbel's way to draw from p, same on any device
             score = torch.autograd.grad(

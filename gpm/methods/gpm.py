@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gpm.errors import InputError
 from gpm.memory import GradientProjectionMemory
-from gpm.methods.base import Method
+from gpm.methods.base import Method, task_heads
 from gpm.options import Options
 from gpm.seeds import generator
 from gpm.task import Split, Task, batches
@@ -32,8 +32,7 @@ class GPM(Method):
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
-        exclude = ["heads"] if hasattr(model, "heads") else []
-        self.memory = GradientProjectionMemory(model, exclude, rank_rule=options.protocol)
+        self.memory = GradientProjectionMemory(model, task_heads(model), rank_rule=options.protocol)
         names = list(self.memory.layers)
         if len(options.threshold) not in (1, len(names)):
             raise InputError(

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from gpm.errors import InputError
-from gpm.methods.base import Method
+from gpm.methods.base import Method, shared_layers
 from gpm.methods.units import find_units
 from gpm.options import Options
-from gpm.representation import find_layers
 from gpm.seeds import generator
 from gpm.task import Task
 
@@ -52,7 +51,7 @@ class HAT(Method):
             raise InputError(
                 f"hat gates units by task, so it needs a head for each task: {type(model).__name__} has one"
             )
-        self.layers = find_layers(model, exclude=["heads"])
+        self.layers = shared_layers(model)
         self.slope, self.step, self.n_batches, self.task = options.hat_smax, 0, 1, 0
         self.norms: dict[str, str] = {}  # by layer, the normalisation that completes its units
         self.sources: dict[str, list[str]] = {}  # by layer, the layers whose units feed it; none: the images

@@ -50,7 +50,8 @@ class Multitask(Method):
             mine = (tasks == j).nonzero()[:, 0]
             for batch in mine[torch.randperm(len(mine), generator=generator)].split(size):
                 (full if len(batch) == size else rest).append(batch)
-        return torch.cat([full[i] for i in torch.randperm(len(full), generator=generator)] + rest)
+        shuffled = [parts[i] for parts in (full, rest) for i in torch.randperm(len(parts), generator=generator)]
+        return torch.cat(shuffled)
 
     def loss(self, images: Tensor, labels: Tensor, t: int) -> Tensor:
         """The mean loss over a batch of joined tasks, whose labels are (label, task)."""

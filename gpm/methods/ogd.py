@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -102,13 +103,11 @@ class OGD(Method):
 
             return hook
 
-        handles = [layer.module.register_forward_hook(listen(layer)) for layer in self.layers.values()]
-        try:
+        with ExitStack() as hooks:
+            for layer in self.layers.values():
+                hooks.enter_context(layer.module.register_forward_hook(listen(layer)))
             self.model.eval()
             logits = self.model(images, t)
-        finally:
-            for handle in handles:
-                handle.remove()
         deltas = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), list(outputs.values()))
         return {name: Factors(delta, inputs[name]) for name, delta in zip(outputs, deltas, strict=True)}
 

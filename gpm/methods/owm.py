@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gpm.memory import normalization_parameters
-from gpm.methods.base import Method
+from gpm.memory import frozen, normalization_parameters
+from gpm.methods.base import Method, shared_layers
 from gpm.options import Options
 from gpm.projection import LayerProjector, Projector, projecting
-from gpm.representation import Layer, find_layers, input_columns
+from gpm.representation import Layer, input_columns
 from gpm.seeds import generator
-from gpm.task import Task
+from gpm.task import Task, batches
 
 
 class OWM(Method):
@@ -40,14 +40,14 @@ class OWM(Method):
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
-        self.layers = find_layers(model, exclude=["heads"] if hasattr(model, "heads") else [])
+        self.layers = shared_layers(model)
         self.gram = {  # Σ x̄ x̄ᵀ (d, d)
             key: layer.module.weight.new_zeros(layer.input_size, layer.input_size, dtype=torch.float64)
             for layer in self.layers.values()
             for key in layer.keys
         }
 
-    def projector(self, key: str) -> Tensor:
+    def matrix(self, key: str) -> Tensor:
         """P = α (α I + Σ x̄ x̄ᵀ)⁻¹."""
         gram, alpha = self.gram[key], self.options.owm_alpha
         return alpha * torch.cholesky_inverse(torch.linalg.cholesky(gram + alpha * torch.eye(len(gram)).to(gram)))
@@ -58,19 +58,12 @@ class OWM(Method):
         if t == 0:  # P = I
             yield
             return
-        frozen = [p for p in normalization_parameters(self.model) if p.requires_grad]
         self.projectors = {
-            name: SoftProjector(layer, [self.projector(key) for key in layer.keys])
+            name: LayerProjector([Projector("dense", self.matrix(key).to(layer.module.weight)) for key in layer.keys])
             for name, layer in self.layers.items()
         }
-        for p in frozen:
-            p.requires_grad_(False)
-        try:
-            with projecting(self.layers, self.projectors):
-                yield
-        finally:
-            for p in frozen:
-                p.requires_grad_(True)
+        with frozen(normalization_parameters(self.model)), projecting(self.layers, self.projectors):
+            yield
 
     @torch.no_grad()
     def after_task(self, t: int, task: Task) -> None:
@@ -85,15 +78,14 @@ class OWM(Method):
 
             return hook
 
-        order = torch.randperm(len(task.train.labels), generator=generator(self.options.seed, "owm", t))
+        random = generator(self.options.seed, "owm", t)
+        order = torch.randperm(len(task.train.labels), generator=random).to(task.train.labels.device)
         self.model.eval()
-        handles = [layer.module.register_forward_pre_hook(listen(layer)) for layer in self.layers.values()]
-        try:
-            for index in order.to(task.train.labels.device).split(self.options.batch_size_train):
-                self.model(task.train.images[index], t)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks:
+            for layer in self.layers.values():
+                hooks.enter_context(layer.module.register_forward_pre_hook(listen(layer)))
+            for start, stop in batches(len(order), self.options.batch_size_train):
+                self.model(task.train.images[order[start:stop]], t)
         self.gram = gram
 
     def memory_floats(self) -> int:
@@ -107,13 +99,3 @@ class OWM(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved Σ x̄ x̄ᵀ."""
         self.gram = {key: value.to(self.gram[key]) for key, value in state["gram"].items()}
-
-
-class SoftProjector(LayerProjector):
-    """A LayerProjector whose matrices P, one for each group, are given."""
-
-    def __init__(self, layer: Layer, matrices: list[Tensor]) -> None:
-        weight = layer.module.weight
-        self.groups = [Projector(matrix.new_zeros(len(matrix), 0), weight.dtype, route="dense") for matrix in matrices]
-        for projector, matrix in zip(self.groups, matrices, strict=True):
-            projector.factor = projector.factor_t = matrix.to(weight).contiguous()  # symmetric

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpm.methods.base import Method, trainable_parameters
+from gpm.methods.base import Method, shared_layers, trainable_parameters
 from gpm.options import Options
-from gpm.representation import find_layers
 from gpm.seeds import generator
 from gpm.task import Split, Task
 
@@ -93,8 +92,7 @@ class Replay(Method):
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
-        layers = find_layers(model, exclude=["heads"] if hasattr(model, "heads") else [])
-        self.largest = sum(layer.input_size**2 * layer.groups for layer in layers.values())
+        self.largest = sum(layer.input_size**2 * layer.groups for layer in shared_layers(model).values())
         self.reservoir: Reservoir | None = None  # its size follows from that of an image
         self.generator = generator(options.seed, "replay")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -48,20 +49,15 @@ def find_units(
             norms[name] = norm
             made[output.grad_fn] = name
 
-    handles = []
-    for name, layer in layers.items():
-        handles.append(layer.module.register_forward_pre_hook(partial(before_layer, name)))
-        handles.append(layer.module.register_forward_hook(partial(after_layer, name)))
-    for name, module in model.named_modules():
-        if isinstance(module, PerChannel):
-            handles.append(module.register_forward_hook(partial(after_norm, name)))
-    try:
+    with ExitStack() as hooks, torch.enable_grad():
+        for name, layer in layers.items():
+            hooks.enter_context(layer.module.register_forward_pre_hook(partial(before_layer, name)))
+            hooks.enter_context(layer.module.register_forward_hook(partial(after_layer, name)))
+        for name, module in model.named_modules():
+            if isinstance(module, PerChannel):
+                hooks.enter_context(module.register_forward_hook(partial(after_norm, name)))
         model.eval()
-        with torch.enable_grad():
-            forward()
-    finally:
-        for handle in handles:
-            handle.remove()
+        forward()
     for name, layer in layers.items():
         if name not in sources:
             raise InputError(f"layer {name} did not run in the forward pass, so it is unknown what feeds it")
