@@ -28,7 +28,7 @@ class Hyperparameters(Options):
     datasets: tuple[str, ...] = flag(
         ("cifar10", "mnist", "svhn", "fashion_mnist", "notmnist"), "the tasks and their order"
     )
-    n_tasks: int = flag(5, "tasks of ten classes each, the first so many of the data sets")
+    n_tasks: int = flag(5, "tasks of ten classes each, the first so many of the data sets; fewer where these are fewer")
     n_epochs: int = flag(100, "epochs of each task, at most")
     batch_size_train: int = flag(64, "images in a training batch")
     batch_size_test: int = flag(64, "images in a validation or test batch: BatchNorm uses its statistics")
@@ -60,6 +60,10 @@ class Hyperparameters(Options):
         },
         "of those images, how many give columns to each layer; the longest matching beginning counts",
     )
+
+    def __post_init__(self) -> None:
+        if self.n_tasks == Hyperparameters.n_tasks:  # --datasets says how many
+            self.n_tasks = min(self.n_tasks, len(self.datasets))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def open_sets(names: Iterable[str], data: str, data_dir: str | Path) -> Opened:
         data: "real", or "embedded" for rendered stand-ins that need no download.
         data_dir: where the array cache is, or goes.
     Returns:
-        the sets; per set its image counts, checksum and whether that is the published set's; notes on what is missing.
+        the sets; per set its image counts, checksum and whether that is the published set's (None: not known here);
+        notes on what is missing.
     Raises:
         InputError: unknown `data` or name.
         DataError: images are missing or damaged.
@@ -82,7 +83,7 @@ def _open_set(name: str, data: str, data_dir: str | Path) -> tuple[OpenSet, dict
         labels = np.concatenate([raw.train_labels, raw.test_labels])
         verified = content.digest_checksum(digests, labels) == content.KNOWN_NOTMNIST
     else:
-        verified = content.KNOWN.get(name) == (train_checksum, test_checksum)
+        verified = content.KNOWN[name] == (train_checksum, test_checksum) if name in content.KNOWN else None
     return opened, {
         "data": data,
         "train": len(raw.train_labels),

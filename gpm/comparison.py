@@ -77,12 +77,14 @@ def _row(key: tuple, found: list[Run]) -> Row:
         published=PUBLISHED.get((benchmark, method)) if data == "real" else None,
         notes=remarks,
     )
+    other = _named_by(row, False)
     # A protocol's notes say what the variant says already; any other tells of images that are not the published ones.
-    complete = all(note.startswith("protocol ") for note in notes)
+    complete = not other and all(note.startswith("protocol ") for note in notes)
     row.verdict = verdict(row, complete, same_images=_same_images(runs))
     if row.published and row.published.doubt:
         row.notes.append(row.published.doubt)
-    row.notes += [f"{name}: nothing here tells whether these are the published images" for name in _unverified(row)]
+    row.notes += [f"{name}: these are not the published images, their checksums say" for name in other]
+    row.notes += [f"{name}: nothing here tells whether these are the published images" for name in _named_by(row, None)]
     if not _same_images(runs):
         row.notes.append("the runs of this row used different images (their checksums differ)")
     return row
@@ -104,12 +106,12 @@ def _same_images(runs: Sequence[Run]) -> bool:
     return len({checksums(run) for run in runs}) == 1
 
 
-def _unverified(row: Row) -> list[str]:
-    """Real data sets whose checksum is not a known one, but for those that a note mentions already."""
+def _named_by(row: Row, verified: bool | None) -> list[str]:
+    """Real data sets with an answer to whether they are the published ones, but for those that a note mentions."""
     if row.data != "real":
         return []
     sources = [run.summary["data"].get("sources") or {} for run in row.runs]
-    names = {name: None for found in sources for name, source in found.items() if source.get("verified") is False}
+    names = {name: None for found in sources for name, source in found.items() if source.get("verified") is verified}
     return [name for name in names if not any(note.startswith(f"{name}:") for note in row.notes)]
 
 

@@ -23,7 +23,7 @@ from gpm.methods.base import Method, shared_layers
 from gpm.options import Options, check, results_options, variant
 from gpm.progress import Progress
 from gpm.runfolder import check_same_run, describe_model, hold, read_summary, run_folder
-from gpm.task import Benchmark, Split, Task, batches, join
+from gpm.task import PARTS, Benchmark, Split, Task, batches, join
 from gpm.training import Epoch, TaskProgress, evaluate, start_task, train_task
 
 CHECKPOINT_SECONDS = 60  # within a task, save at most this often, so that short runs pay nothing
@@ -110,7 +110,7 @@ class Run:
 
     def learn(self, t: int, task: Task, seen: list[dict[str, Split]]) -> None:
         """Train on task t, let the method remember it, and test all tasks so far."""
-        check_outputs(self.method.model, t, task)
+        check_task(self.method.model, t, task, self.options)
         if self.task_progress is None:
             self.task_progress = start_task(self.options)
         with self.method.learning(t, task):
@@ -279,9 +279,20 @@ class Run:
 
 
 @torch.no_grad()
-def check_outputs(model: nn.Module, t: int, task: Task) -> None:
-    """Raise InputError where a model has fewer outputs than the task has classes."""
-    outputs = model.eval()(task.train.images[:2], t).shape[1]
+def check_task(model: nn.Module, t: int, task: Task, options: Options) -> None:
+    """Raise InputError where a model cannot take a task: single images, or more classes than it has outputs."""
+    model.eval()
+    alone = [
+        f"{name} is 1" for name in ("batch_size_train", "batch_size_test", "n_samples") if getattr(options, name) == 1
+    ]
+    alone += [f"{task.name} has a single {part} image" for part in PARTS if len(getattr(task, part).labels) == 1]
+    if alone:
+        try:
+            model(task.train.images[:1], t)
+        except ValueError as error:  # BatchNorm's
+            why = f"{type(model).__name__} cannot take an image alone ({error})"
+            raise InputError(f"{'; '.join(alone)}; it must be 2 or more, since {why}") from error
+    outputs = model(task.train.images[:2], t).shape[1]
     if outputs < task.n_classes:
         raise InputError(
             f"{type(model).__name__} has {outputs} outputs for the {task.n_classes} classes of {task.name}"

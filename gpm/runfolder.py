@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -20,6 +21,8 @@ from gpm.checkpoint import load_checkpoint
 from gpm.errors import InputError
 from gpm.files import remove_leftovers
 from gpm.memory import GradientProjectionMemory
+from gpm.methods import make_method
+from gpm.methods.base import Method
 from gpm.options import Options, variant
 
 LOCK, HOLDER = ".lock", ".holder"
@@ -89,6 +92,7 @@ class LoadedRun:
 
     Attributes:
         model: with the weights of its end (or last checkpoint), in eval mode, on the CPU.
+        method: as it was then. Some test with more than the model: `with run.method.testing(t): run.model(images, t)`.
         memory: the model's bases; None for methods without.
         config: the content of config.json.
         summary: the content of summary.json; None while the run is unfinished.
@@ -97,6 +101,7 @@ class LoadedRun:
     """
 
     model: nn.Module
+    method: Method
     memory: GradientProjectionMemory | None
     config: dict[str, Any]
     summary: dict[str, Any] | None
@@ -123,16 +128,15 @@ def load_run(folder: str | Path, model: nn.Module | None = None) -> LoadedRun:
     if state is None:
         raise InputError(f"{folder} has no checkpoint that can be read, so its weights are not there")
     model = make_model(description) if model is None else model
+    names = {field.name for field in dataclasses.fields(Options)}
+    method = make_method(model, Options(**{k: v for k, v in state["hyperparameters"].items() if k in names}))
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the weights in {folder} are not of a {type(model).__name__} like this: {reason}") from error
-    memory = None
-    if "bases" in state["method"]:
-        memory = GradientProjectionMemory(model, ["heads"] if hasattr(model, "heads") else [])
-        memory.load_state_dict(state["method"])
-    return LoadedRun(model.eval(), memory, config, read_summary(folder), state["statistics"])
+    method.load_state_dict(state["method"])
+    return LoadedRun(model.eval(), method, method.memory, config, read_summary(folder), state["statistics"])
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:

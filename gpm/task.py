@@ -26,6 +26,9 @@ class Split(NamedTuple):
         return Split(self.images[chosen], self.labels[chosen, 0])
 
 
+PARTS = ("train", "valid", "test")
+
+
 @dataclass(frozen=True)
 class Task:
     """One task of a benchmark; `valid` drives the learning-rate schedule, `test` drives nothing."""
@@ -78,9 +81,6 @@ def join(tasks: Sequence[Task], n_tasks: int) -> Task:
             joined[part].images[rows] = images
             joined[part].labels[rows] = torch.stack([labels, torch.full_like(labels, t)], dim=1)
     return Task("all tasks", task.n_classes, **joined)
-
-
-PARTS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)

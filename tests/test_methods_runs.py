@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import main_pmnist
 from dataloader import cifar100
-from gpm import InputError
+from gpm import InputError, load_run
 from gpm.checkpoint import load_checkpoint
 from gpm.experiment import Run, run
 from gpm.methods import METHODS, make_method
@@ -50,9 +50,18 @@ def test_runs(tmp_path, quick, name, network, benchmark):
     assert (summary["memory_floats"] > 0) == (name != "naive")
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert any((model.state_dict()[key] != value).any() for key, value in before.items())
-    if name != "single":  # which leaves the last task's network only
-        left = [evaluate(model, t, task.test, options.batch_size_test)[1] for t, task in enumerate(benchmark().tasks)]
-        assert summary["accuracy"][-1] == left
+    loaded = load_run(tiny.run_folder(tmp_path), network())
+    assert loaded.method.memory_floats() == summary["memory_floats"]
+    for t, task in enumerate(benchmark().tasks):
+        with loaded.method.testing(t):
+            assert evaluate(loaded.model, t, task.test, options.batch_size_test)[1] == summary["accuracy"][-1][t]
+
+
+@pytest.mark.parametrize("name", MULTI_HEAD)
+def test_a_last_batch_of_one_image_joins_the_one_before(tmp_path, quick, name):
+    """BatchNorm refuses a single image, wherever a method passes over the training images."""
+    options = tiny.options(tmp_path, method=name, n_epochs=1, n_tasks=2, batch_size_train=8, replay_batch=4)
+    assert run(options, tiny.benchmark(2, n_train=65), tiny.Network(2))["finished"]
 
 
 @cases

@@ -309,10 +309,19 @@ def test_the_readmes_table_is_what_the_results_say():
     assert parts[1] == expected, "run: python -m gpm.report results --readme README.md"
 
 
-def test_a_missing_source_checksum_is_said(tmp_path):
-    sources = {"svhn": {"train_sha256": "a", "verified": False}}
+@pytest.mark.parametrize(
+    ("verified", "note"),
+    [
+        (None, "svhn: nothing here tells whether these are the published images"),
+        (False, "svhn: these are not the published images, their checksums say"),
+        (True, None),
+    ],
+)
+def test_images_that_are_not_known_to_be_the_published_ones_are_named(tmp_path, verified, note):
+    sources = {"svhn": {"train_sha256": "a", "verified": verified}}
     (row,) = rows_of(write(tmp_path / "run", data={"kind": "real", "sources": sources, "notes": []}))
-    assert row.notes == ["svhn: nothing here tells whether these are the published images"]
+    assert row.notes == ([note] if note else [])
+    assert (row.verdict == "not comparable: data, see note") == (verified is False)
 
 
 def test_find_runs_takes_single_files_and_folders(tmp_path):

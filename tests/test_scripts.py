@@ -62,6 +62,14 @@ def tiny_run(data_dir):
     return call
 
 
+def test_fewer_data_sets_are_fewer_tasks():
+    options = importlib.import_module("main_five_datasets").Hyperparameters
+    assert options().n_tasks == 5
+    assert options(datasets=("mnist", "notmnist")).n_tasks == 2
+    assert options(datasets=("mnist", "notmnist"), n_tasks=1).n_tasks == 1
+    assert options(datasets=("mnist", "notmnist"), n_tasks=3).n_tasks == 3  # which the loader refuses
+
+
 @every_script
 def test_end_to_end_twice_to_the_same_numbers(name, tiny_run, tmp_path, capsys):
     summary = tiny_run(name, tmp_path / "first")
@@ -212,6 +220,12 @@ def test_more_tasks_than_exist(name, refused, data_dir):
 )
 def test_datasets_that_cannot_be_used(datasets, message, refused, data_dir):
     assert message in refused("main_five_datasets", *TINY, "--data_dir", data_dir, "--datasets", *datasets)
+
+
+@pytest.mark.parametrize("flag", ["batch_size_train", "batch_size_test", "n_samples"])
+def test_one_image_at_a_time_where_batch_norm_refuses_it(flag, refused, data_dir, tmp_path):
+    tiny = [*TINY, "--data_dir", data_dir, "--output_dir", tmp_path, "--samples", "conv=1", f"--{flag}", 1]
+    assert f"{flag} is 1; it must be 2 or more, since AlexNet" in refused("main_cifar100", *tiny)
 
 
 @pytest.mark.parametrize("order", [-1, 5])

@@ -73,12 +73,12 @@ def test_a_table_is_methods_by_benchmarks_by_seeds():
 
 @pytest.mark.parametrize(
     ("n_jobs", "cores", "gpu", "gigabytes", "expected"),
-    [(8, 2, False, 24, 2), (1, 2, False, 24, 1), (100, 64, False, 24, 12), (8, 16, True, 24, 1), (8, 4, False, 1, 1)],
+    [(8, 2, False, 24, 2), (1, 2, False, 24, 1), (100, 64, False, 64, 12), (8, 16, True, 24, 1), (8, 4, False, 1, 1)],
 )
 def test_runs_side_by_side_as_the_machine_allows(monkeypatch, n_jobs, cores, gpu, gigabytes, expected):
     monkeypatch.setattr(sweep, "available_cores", lambda: cores)
     monkeypatch.setattr(sweep.torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gigabytes * 2**18}.get)
+    monkeypatch.setattr(sweep, "available_memory", lambda: gigabytes * 2**30)
     assert sweep.usual_jobs(n_jobs) == expected
 
 

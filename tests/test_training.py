@@ -97,6 +97,17 @@ class Scripted(nn.Module):
         return logits
 
 
+def count_steps(model: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = torch.optim.SGD.step
+
+    def step_and_count(optimizer, *args):
+        step(optimizer, *args)
+        with torch.no_grad():
+            model.weight += 1
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step_and_count)
+
+
 @pytest.fixture
 def scripted_benchmark() -> Benchmark:
     def split(n: int, value: float) -> Split:
@@ -110,14 +121,7 @@ def test_training_follows_the_schedule(tmp_path, scripted_benchmark, monkeypatch
     """And leaves the weights of the best validation loss, the first of equal ones."""
     losses = [1.0, 0.8, 0.8, 0.9, 0.85, 0.81]  # best at epoch 2; lr falls after epochs 4 and 6, which ends the task
     model = Scripted([*losses, 0.7, *losses, 0.7, 0.7])  # after each task, those so far are measured once more
-    step = torch.optim.SGD.step
-
-    def step_and_count(optimizer, *args):
-        step(optimizer, *args)
-        with torch.no_grad():
-            model.weight += 1
-
-    monkeypatch.setattr(torch.optim.SGD, "step", step_and_count)
+    count_steps(model, monkeypatch)
     options = tiny.options(
         tmp_path, method="naive", n_tasks=2, n_epochs=50, lr=0.4, lr_min=0.15, lr_factor=2, lr_patience=2
     )
@@ -129,10 +133,13 @@ def test_training_follows_the_schedule(tmp_path, scripted_benchmark, monkeypatch
     assert model.weight.item() == 4
 
 
-def test_constant_schedule_keeps_rate_and_last_weights(tmp_path):
-    options = tiny.options(tmp_path, schedule="constant", lr=0.3, lr_patience=1, n_epochs=6, n_tasks=1)
-    run(options, tiny.benchmark(1), tiny.Network())
+def test_constant_schedule_keeps_rate_and_last_weights(tmp_path, scripted_benchmark, monkeypatch):
+    model = Scripted([0.5, 0.4, *[0.6] * 5])
+    count_steps(model, monkeypatch)
+    options = tiny.options(tmp_path, method="naive", schedule="constant", lr=0.3, lr_patience=1, n_epochs=6, n_tasks=1)
+    run(options, scripted_benchmark, model)
     assert [epoch["lr"] for epoch in tiny.epochs(tmp_path)] == [0.3] * 6
+    assert model.weight.item() == 6  # not 2, the best
 
 
 @pytest.mark.parametrize("make", [tiny.Network, lambda: MLP(tiny.N_INPUTS, 8, tiny.N_CLASSES).double()])

@@ -41,7 +41,10 @@ class Multitask(Method):
         return trainable_parameters(self.model, range(t + 1))
 
     def order(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """All images shuffled; or shuffled batches of one task each, then what is left over of each task."""
+        """All images shuffled; or shuffled batches of one task each, then what is left over of each task.
+
+        An image left over alone has no batch statistics and sits this epoch out.
+        """
         if not has_batch_statistics(self.model):
             return super().order(labels, generator)
         tasks, size = labels[:, 1].cpu(), self.options.batch_size_train
@@ -49,7 +52,10 @@ class Multitask(Method):
         for j in tasks.unique():
             mine = (tasks == j).nonzero()[:, 0]
             for batch in mine[torch.randperm(len(mine), generator=generator)].split(size):
-                (full if len(batch) == size else rest).append(batch)
+                if len(batch) == size:
+                    full.append(batch)
+                elif len(batch) > 1:
+                    rest.append(batch)
         shuffled = [parts[i] for parts in (full, rest) for i in torch.randperm(len(parts), generator=generator)]
         return torch.cat(shuffled)
 
