@@ -33,7 +33,7 @@ class DenseGPM(GPM):
             (layer.module.weight, (self.memory.bases[name] @ self.memory.bases[name].T).to(layer.module.weight))
             for name, layer in self.memory.layers.items()
         ]
-        with frozen(normalization_parameters(self.model)):
+        with frozen(normalization_parameters(self.model, self.memory.exclude)):
             yield
 
     def after_backward(self, t: int) -> None:

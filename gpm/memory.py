@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from gpm.errors import DivergenceError, InputError
 from gpm.files import load_tensors, save_tensors
 from gpm.projection import LayerProjector, layer_projector, projected_gradients
-from gpm.representation import Representation, find_layers, representations
+from gpm.representation import Representation, find_layers, kept_modules, representations
 from gpm.subspace import RankRule, extend_basis, extend_basis_from_gram
 
 Normalization = (
@@ -21,6 +22,7 @@ Normalization = (
     nn.modules.instancenorm._InstanceNorm,
     nn.LayerNorm,
     nn.GroupNorm,
+    nn.RMSNorm,
 )
 
 
@@ -28,9 +30,12 @@ class GradientProjectionMemory:
     """The bases of a model's layers, and the protection they give (Saha, Garg and Roy, ICLR 2021, Algorithm 1).
 
     Args:
-        model: any module. Its Linear and convolution layers are protected, except:
+        model: any module. Its Linear and convolution layers are protected and its normalisation layers frozen. What
+            else in it learns (attention's projections, recurrent layers, embeddings) would forget: a warning names it.
         exclude: names of modules to leave out, such as the task heads.
         rank_rule: "released" keeps one direction fewer after the first task, as the authors' released code does.
+    Raises:
+        InputError: the model has no layer to protect, an argument is unknown, or a weight belongs to two modules.
 
     Attributes:
         layers: the protected layers by name.
@@ -45,17 +50,47 @@ class GradientProjectionMemory:
     """
 
     def __init__(self, model: nn.Module, exclude: Iterable[str] = (), rank_rule: RankRule = "paper") -> None:
+        exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.model = model
         self.layers = find_layers(model, exclude)
         if not self.layers:
             raise InputError(f"{type(model).__name__} has no Linear or convolution layer to protect")
+        if rank_rule not in get_args(RankRule):
+            raise InputError(f"rank_rule is {rank_rule!r}; it must be one of: {', '.join(get_args(RankRule))}")
         self.rank_rule: RankRule = rank_rule
+        self.exclude = exclude
+        self.is_protecting = False
+        self._warn_of_what_can_forget()
         self.bases: dict[str, Tensor] = {
             key: layer.module.weight.new_zeros(layer.input_size, 0, dtype=torch.float64)
             for layer in self.layers.values()
             for key in layer.keys
         }
         self.n_updates = 0
+
+    def _warn_of_what_can_forget(self) -> None:
+        covered = {id(p) for layer in self.layers.values() for p in layer.module.parameters()}
+        covered |= {id(p) for p in normalization_parameters(self.model, self.exclude)}
+        modules = kept_modules(self.model, self.exclude)
+        open_parameters = [
+            f"{name}.{own}".lstrip(".")
+            for name, module in modules.items()
+            for own, p in module.named_parameters(recurse=False)
+            if p.requires_grad and id(p) not in covered
+        ]
+        if open_parameters:
+            warnings.warn(
+                f"not protected, so old tasks may be forgotten through them: {', '.join(open_parameters)}; freeze them "
+                "(requires_grad_(False)) or exclude their modules",
+                stacklevel=3,
+            )
+        moving = [name for name, m in modules.items() if getattr(m, "track_running_stats", False)]
+        if moving:
+            warnings.warn(
+                f"running statistics of {', '.join(moving)} go on moving, and with them old tasks' outputs; use "
+                "track_running_stats=False, or keep these modules in eval mode after the first task",
+                stacklevel=3,
+            )
 
     @property
     def columns(self) -> dict[str, int]:
@@ -88,9 +123,17 @@ class GradientProjectionMemory:
             samples: by layer name, how many samples of each batch become columns; all where unnamed.
         Raises:
             ValueError: a threshold is out of range.
-            InputError: a protected layer did not run.
+            InputError: a protected layer did not run, a name is unknown, or it is called within `protect`.
             DivergenceError: a layer's inputs are infinite or NaN.
         """
+        if self.is_protecting:
+            raise InputError("update within protect() would protect only once that is entered anew; leave it first")
+        thresholds = self._by_layer("threshold", threshold)
+        for name, count in (samples or {}).items():
+            if name not in self.layers or count < 1:
+                raise InputError(
+                    f"samples has {name!r}: {count}; it must give layers 1 or more: {', '.join(self.layers)}"
+                )
         training_modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
@@ -101,13 +144,23 @@ class GradientProjectionMemory:
         rule = self.rank_rule if self.n_updates == 0 else "paper"
         extended = {}
         for layer in self.layers.values():
-            epsilon = threshold if isinstance(threshold, (int, float)) else threshold[layer.name]
             for key in layer.keys:
                 if not gathered[key].is_finite:
                     raise DivergenceError(f"the inputs of layer {key} are infinite or NaN: the network has diverged")
-                extended[key] = _extend(self.bases[key], gathered[key], epsilon, rule)
+                extended[key] = _extend(self.bases[key], gathered[key], thresholds[layer.name], rule)
         self.bases = extended
         self.n_updates += 1
+
+    def _by_layer(self, what: str, value: float | Mapping[str, float]) -> dict[str, float]:
+        """One number for each layer, from one for all or one by name."""
+        values = dict(value) if isinstance(value, Mapping) else dict.fromkeys(self.layers, value)
+        if values.keys() != self.layers.keys():
+            wrong = ", ".join(sorted(values.keys() ^ self.layers.keys()))
+            raise InputError(f"{what} differs from the layers in {wrong}; the layers are: {', '.join(self.layers)}")
+        try:
+            return {name: float(number) for name, number in values.items()}
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{what} is {value!r}; it must be a number, or one by layer name") from error
 
     @contextmanager
     def protect(self) -> Iterator[dict[str, LayerProjector]]:
@@ -116,19 +169,24 @@ class GradientProjectionMemory:
         Gradients of the protected layers come out orthogonal to their bases, and the parameters of normalisation layers
         are frozen, since moving them would change every old task (paper Sec. 5).
 
-        With an optimiser that moves weights off the projected gradient (Adam, weight decay), also wrap it in
-        `protect_update`.
+        With an optimiser that moves weights off the projected gradient (Adam, weight decay, momentum kept from the task
+        before), also wrap it in `protect_update`.
         """
-        freezing = frozen(normalization_parameters(self.model)) if self.n_updates else nullcontext()
+        freezing = frozen(normalization_parameters(self.model, self.exclude)) if self.n_updates else nullcontext()
         with freezing, projected_gradients(self.layers, self.bases) as projectors:
-            yield projectors
+            self.is_protecting = True
+            try:
+                yield projectors
+            finally:
+                self.is_protecting = False
 
     @contextmanager
     def protect_update(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Within this context every `optimizer.step()` moves the protected weights orthogonally to their bases.
 
-        For optimisers whose update is not a combination of gradients: Adam rescales entries, weight decay adds W.
-        It projects the update itself, W ← W₀ + (W - W₀) P, at the price of a copy of the weights.
+        For optimisers whose update is not a combination of this task's gradients: Adam rescales entries, weight decay
+        adds W, momentum may date from an earlier task. It projects the update itself, W ← W₀ + (W - W₀) P, at the
+        price of a copy of the weights.
         """
         projectors = {name: layer_projector(layer, self.bases) for name, layer in self.layers.items()}
         before: dict[str, list[Tensor | None]] = {}
@@ -163,9 +221,9 @@ class GradientProjectionMemory:
         ratios = {}
         for name, layer in self.layers.items():
             weight, bias = layer.module.weight, layer.module.bias
-            rows = (weight - before[f"{name}.weight"].to(weight)).flatten(1)  # (o, d)
+            rows = (weight - before[f"{name}.weight".lstrip(".")].to(weight)).flatten(1)  # (o, d)
             if bias is not None:
-                rows = torch.cat([rows, (bias - before[f"{name}.bias"].to(bias))[:, None]], dim=1)
+                rows = torch.cat([rows, (bias - before[f"{name}.bias".lstrip(".")].to(bias))[:, None]], dim=1)
             for key, part in zip(layer.keys, rows.chunk(layer.groups), strict=True):
                 basis, length = self.bases[key], part.norm().item()
                 inside = (part @ basis.to(part.dtype)).norm().item()
@@ -204,6 +262,7 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     changed = [p for p in parameters if p.requires_grad]
     for p in changed:
         p.requires_grad_(False)
+        p.grad = None  # an optimiser would go on using it
     try:
         yield
     finally:
@@ -211,9 +270,10 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def normalization_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Scales and shifts of a model's normalisation layers."""
-    return [p for module in model.modules() if isinstance(module, Normalization) for p in module.parameters()]
+def normalization_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[nn.Parameter]:
+    """Scales and shifts of a model's normalisation layers, but for those in some modules."""
+    modules = kept_modules(model, exclude).values()
+    return [p for module in modules if isinstance(module, Normalization) for p in module.parameters(recurse=False)]
 
 
 def _parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:

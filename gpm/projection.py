@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from types import MethodType
 from typing import Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gpm.errors import InputError
 from gpm.representation import Layer
 from gpm.subspace import orthogonal_complement
 
@@ -127,9 +128,19 @@ class LayerProjector:
 
 
 def layer_projector(layer: Layer, bases: Mapping[str, Tensor]) -> LayerProjector:
-    """Makes a layer's gradients orthogonal to its bases, (d, k) by key."""
-    weight = layer.module.weight
-    return LayerProjector([orthogonal_projector(bases[key].to(weight.device), weight.dtype) for key in layer.keys])
+    """Makes a layer's gradients orthogonal to its bases, (d, k) by key.
+
+    Raises:
+        InputError: the layer's weight trains and its bias does not, or the other way round.
+    """
+    weight, bias = layer.module.weight, layer.module.bias
+    project = LayerProjector([orthogonal_projector(bases[key].to(weight.device), weight.dtype) for key in layer.keys])
+    if bias is not None and bias.requires_grad != weight.requires_grad and not project.is_idle:
+        raise InputError(
+            f"of layer {layer.name} either the weight or the bias is frozen, but their directions are remembered "
+            "together; train or freeze both"
+        )
+    return project
 
 
 class _GradientSide(torch.autograd.Function):
@@ -174,18 +185,41 @@ class _InputSide(torch.autograd.Function):
         return grad_inputs, grad, None, None
 
 
-def _projected_forward(module: nn.Module, project: LayerProjector, inputs: Tensor) -> Tensor:
-    """The layer's own forward, with projected parameter gradients."""
-    weight, bias = module.weight, module.bias
-    if project.is_full:  # the gradient is zero: do not compute it
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
-    elif isinstance(module, nn.Linear) and inputs.numel() < weight.numel():
-        return _InputSide.apply(inputs, weight, bias, project.groups[0])
-    if not project.is_full:
-        weight, bias = _GradientSide.apply(weight, bias, project)
-    if isinstance(module, nn.Linear):
-        return F.linear(inputs, weight, bias)
-    return module._conv_forward(inputs, weight, bias)
+class _Still(torch.autograd.Function):
+    """A layer's output as it is; depends on a weight without giving it a gradient, so that backward has where to go."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, weight: Tensor):
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        return grad_output, None
+
+
+class _ProjectedForward:
+    """A layer's own forward, with projected parameter gradients; a copy of the layer gets its plain forward back."""
+
+    def __init__(self, module: nn.Module, project: LayerProjector) -> None:
+        self.module, self.project = module, project
+
+    def __call__(self, input: Tensor) -> Tensor:
+        module, weight, bias = self.module, self.module.weight, self.module.bias
+        if self.project.is_full:  # the gradient is zero: do not compute it
+            return _Still.apply(self.apply(input, weight.detach(), None if bias is None else bias.detach()), weight)
+        if isinstance(module, nn.Linear) and input.numel() < weight.numel():
+            return _InputSide.apply(input, weight, bias, self.project.groups[0])
+        return self.apply(input, *_GradientSide.apply(weight, bias, self.project))
+
+    def apply(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer with other parameters."""
+        if isinstance(self.module, nn.Linear):
+            return F.linear(input, weight, bias)
+        return self.module._conv_forward(input, weight, bias)
+
+    def __reduce__(self):
+        """Copied or pickled with its layer, it is the layer class's forward, bound to the copy."""
+        return getattr, (self.module, "forward")
 
 
 @contextmanager
@@ -211,10 +245,11 @@ def projecting(layers: Mapping[str, Layer], projectors: Mapping[str, LayerProjec
     """Within this context, the layers' parameter gradients go through projectors of any kind, by layer name."""
     busy = {name: project for name, project in projectors.items() if not project.is_idle}
     for name in busy:  # all before any is replaced, so that a refusal leaves nothing behind
-        if "forward" in vars(layers[name].module):
+        module = layers[name].module
+        if vars(module).get("forward", plain := MethodType(type(module).forward, module)) != plain:
             raise RuntimeError(f"the forward of layer {name} is replaced already: two protections cannot nest")
     for name, project in busy.items():
-        layers[name].module.forward = partial(_projected_forward, layers[name].module, project)
+        layers[name].module.forward = _ProjectedForward(layers[name].module, project)
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from gpm.errors import InputError
 
@@ -51,18 +52,42 @@ def find_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Laye
         model: any module.
         exclude: names of modules to leave out, with all that is inside them.
     Raises:
+        InputError: an excluded name is not a module of the model; a weight also belongs to another module, or is made
+            of other parameters, so that it can move although its layer's gradient is projected.
+    """
+    modules = kept_modules(model, exclude)
+    attentions = [m for m in modules.values() if isinstance(m, nn.MultiheadAttention)]
+    uncalled = {id(m) for attention in attentions for m in attention.modules()}  # it uses their weights itself
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), []).append(name)
+    layers = {}
+    for name, module in modules.items():
+        if not isinstance(module, (nn.Linear, *Convolution)) or id(module) in uncalled:
+            continue
+        if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+            raise InputError(f"layer {name} makes its weight of other parameters; exclude it, or remove that first")
+        others = [owner for owner in owners[id(module.weight)] if owner != name]
+        if others:
+            raise InputError(f"layer {name} shares its weight with {', '.join(others)}; exclude both")
+        layers[name] = Layer(name, module)
+    return layers
+
+
+def kept_modules(model: nn.Module, exclude: Iterable[str]) -> dict[str, nn.Module]:
+    """A model's modules by name, but for some and all that is inside them.
+
+    Raises:
         InputError: an excluded name is not a module of the model.
     """
-    modules, exclude = dict(model.named_modules()), tuple(exclude)
+    modules = dict(model.named_modules())
+    excluded: set[str] = set()
     for name in exclude:
         if name not in modules:
             raise InputError(f"exclude names {name!r}, which is not a module of {type(model).__name__}")
-    excluded = {inner for name in exclude for inner, _ in modules[name].named_modules(prefix=name)}
-    return {
-        name: Layer(name, module)
-        for name, module in modules.items()
-        if isinstance(module, (nn.Linear, *Convolution)) and name not in excluded
-    }
+        excluded.update(inner for inner, _ in modules[name].named_modules(prefix=name))
+    return {name: module for name, module in modules.items() if name not in excluded}
 
 
 def input_columns(layer: Layer, inputs: Tensor) -> list[Tensor]:
@@ -150,9 +175,11 @@ def representations(
     samples = samples or {}
     gathered = {key: Representation(layer.input_size) for layer in layers.values() for key in layer.keys}
 
-    def listen(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs = args[0][: samples.get(layer.name)]
+    def listen(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            inputs = (args[0] if args else kwargs["input"])[: samples.get(layer.name)]
+            if not len(inputs):
+                return
             # A few images at a time, since a patch repeats its pixels up to kernel-size times.
             positions = inputs[0, ..., 0] if isinstance(layer.module, nn.Linear) else inputs[0, 0]  # at stride 1
             entries = layer.input_size * positions.numel()
@@ -164,10 +191,17 @@ def representations(
 
     with ExitStack() as hooks:
         for layer in layers.values():
-            hooks.enter_context(layer.module.register_forward_pre_hook(listen(layer)))
+            hooks.enter_context(layer.module.register_forward_pre_hook(listen(layer), with_kwargs=True))
+        n_batches = 0
         for batch in batches:
             forward(batch)
+            n_batches += 1
+    if not n_batches:
+        raise InputError("there are no batches to read representations from; give at least one")
     for key, representation in gathered.items():
         if representation.n == 0:
-            raise InputError(f"layer {key} did not run in the forward pass, so its inputs are unknown: exclude it")
+            raise InputError(
+                f"layer {key} did not run in the forward pass, so its inputs are unknown: exclude it, or give images; "
+                "of a compiled model run the original"
+            )
     return gathered

@@ -88,8 +88,7 @@ class EagerSteps:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp == "bf16"):
             loss = self.method.loss(images, labels, self.t)
-        if loss.requires_grad:  # not where every layer is full: nothing is left to learn
-            loss.backward()
+        loss.backward()
         self.method.after_backward(self.t)
         self.optimizer.step()
         self.method.after_step(self.t)

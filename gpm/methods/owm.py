@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gpm.memory import frozen, normalization_parameters
-from gpm.methods.base import Method, shared_layers
+from gpm.methods.base import Method, shared_layers, task_heads
 from gpm.options import Options
 from gpm.projection import LayerProjector, Projector, projecting
 from gpm.representation import Layer, input_columns
@@ -62,7 +62,10 @@ class OWM(Method):
             name: LayerProjector([Projector("dense", self.matrix(key).to(layer.module.weight)) for key in layer.keys])
             for name, layer in self.layers.items()
         }
-        with frozen(normalization_parameters(self.model)), projecting(self.layers, self.projectors):
+        with (
+            frozen(normalization_parameters(self.model, task_heads(self.model))),
+            projecting(self.layers, self.projectors),
+        ):
             yield
 
     @torch.no_grad()
