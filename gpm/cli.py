@@ -28,14 +28,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
 
 
-def parse(options: type[SomeOptions], argv: Sequence[str] | None, description: str) -> SomeOptions:
+def parse(
+    options: type[SomeOptions], argv: Sequence[str] | None, description: str | None, prog: str | None = None
+) -> SomeOptions:
     """The options that a command line gives: one flag for each field, defaults and help from the dataclass.
 
+    Args:
+        options: the dataclass.
+        argv: the command line; None for this process's own.
+        description: what --help says first.
+        prog: the program's name in errors; this process's own where not given.
     Raises:
         InputError: values that no run can use.
     """
     parser = Parser(
-        prog=Path(sys.argv[0]).name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog or Path(sys.argv[0]).name,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for field in dataclasses.fields(options):
         add_flag(parser, field)
@@ -65,10 +74,12 @@ def read_config(path: Path, options: type[Options], parser: argparse.ArgumentPar
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not the config.json of a run: {error!r}") from error
     names = {field.name for field in dataclasses.fields(options)}
-    if set(values) != names:
-        raise InputError(f"{path} is of another script: it differs in {', '.join(sorted(names ^ set(values)))}")
+    if set(values) - names:
+        raise InputError(f"{path} is of another script: it has {', '.join(sorted(set(values) - names))}")
     flags, empty = [], {}
     for field in dataclasses.fields(options):
+        if field.name not in values:  # a flag that has come since: its default is what was done before
+            continue
         name, value, default = field.name, values[field.name], default_of(field)
         if name in ("run_folder", "no_resume") or (value is None and default is None):
             continue
@@ -83,7 +94,7 @@ def read_config(path: Path, options: type[Options], parser: argparse.ArgumentPar
         else:
             flags.append(f"--{name}={value}")
     parsed = vars(parser.parse_args(flags))
-    return {name: parsed[name] for name in names - {"run_folder", "no_resume"}} | empty
+    return {name: parsed[name] for name in values.keys() - {"run_folder", "no_resume"}} | empty
 
 
 def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:

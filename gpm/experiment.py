@@ -22,7 +22,8 @@ from gpm.methods import make_method
 from gpm.methods.base import Method, shared_layers
 from gpm.options import Options, check, results_options, variant
 from gpm.progress import Progress
-from gpm.runfolder import check_same_run, describe_model, hold, read_summary, run_folder
+from gpm.published import BENCHMARKS, METHODS
+from gpm.runfolder import check_same_images, check_same_run, describe_model, hold, read_summary, run_folder
 from gpm.task import PARTS, Benchmark, Split, Task, batches, join
 from gpm.training import Epoch, TaskProgress, evaluate, start_task, train_task
 
@@ -183,6 +184,7 @@ class Run:
         boundary = progress is not None and progress.weights is not None
         return {
             "hyperparameters": results_options(self.options),
+            "sources": self.benchmark.sources,
             "model": progress.weights if boundary else self.method.model.state_dict(),
             "method": progress.method if boundary else self.method.state_dict(),
             "task_progress": progress.state_dict() if boundary else None,
@@ -209,9 +211,11 @@ class Run:
             if finished is not None:
                 found = {name: finished["hyperparameters"].get(name) for name in wanted}
                 check_same_run(self.folder, found, json.loads(json.dumps(wanted)))
+                check_same_images(self.folder, finished["data"]["sources"], self.benchmark.sources)
             return False
         try:
             check_same_run(self.folder, state["hyperparameters"], wanted)
+            check_same_images(self.folder, state.get("sources", self.benchmark.sources), self.benchmark.sources)
             self.method.model.load_state_dict(state["model"])
             self.method.load_state_dict(state["method"])
             if state["task_progress"] is not None:
@@ -269,9 +273,10 @@ class Run:
         rows = [",".join("" if value is None else f"{value:.4f}" for value in row) for row in accuracy]
         self.write_epochs()  # again, since the process that saved the last state may have been killed before it did
         write_text(self.folder / "accuracy.csv", "\n".join(rows) + "\n")
-        plots.save(plots.accuracy_heat_map(accuracy, self.title), self.folder / "accuracy.png")
+        title = run_title(summary)
+        plots.save(plots.accuracy_heat_map(accuracy, title), self.folder / "accuracy.png")
         if self.columns:
-            figure = plots.memory_growth(self.columns, summary["memory_input_sizes"], self.title)
+            figure = plots.memory_growth(self.columns, summary["memory_input_sizes"], title)
             plots.save(figure, self.folder / "memory.png")
         write_json(self.folder / "summary.json", summary)
         print_result(summary, self.folder)
@@ -297,6 +302,13 @@ def check_task(model: nn.Module, t: int, task: Task, options: Options) -> None:
         raise InputError(
             f"{type(model).__name__} has {outputs} outputs for the {task.n_classes} classes of {task.name}"
         )
+
+
+def run_title(summary: dict[str, Any]) -> str:
+    """What a run's pictures show."""
+    benchmark, method, kind = summary["benchmark"], summary["method"], summary["variant"]
+    names = f"{BENCHMARKS.get(benchmark, benchmark)} ({summary['data']['kind']} data), {METHODS.get(method, method)}"
+    return f"{names}, seed {summary['seed']}" + ("" if kind == "default" else f"\n{kind}")
 
 
 def print_result(summary: dict[str, Any], folder: Path) -> None:

@@ -54,18 +54,18 @@ def draw_comparison(rows: Sequence[Row], save: Save) -> None:
     best = {row.method: row for row in sorted(rows, key=lambda row: len(row.runs))}
     shown = {row.method: row for row in rows if best[row.method] is row}
     title = _title(rows[0], rows[0].variant)
+    with_seeds = f"{title}\n{_seeds(shown)}"
     stem = f"{rows[0].data}-{rows[0].benchmark}-{rows[0].variant}"
     matrices = {name: [run.summary["accuracy"] for run in row.runs] for name, row in shown.items()}
-    save(plots.accuracy_over_time(matrices, title), f"{stem}-accuracy_over_time")
+    save(plots.accuracy_over_time(matrices, with_seeds), f"{stem}-accuracy_over_time")
     scores = {name: (row.accuracy, row.backward_transfer) for name, row in shown.items()}
-    save(plots.bars(scores, ("ACC, %", "BWT, points"), title, signed=(False, True)), f"{stem}-methods")
-    draw_costs(shown, title, stem, save)
+    save(plots.bars(scores, ("ACC, %", "BWT, points"), with_seeds, signed=(False, True)), f"{stem}-methods")
+    draw_costs(shown, with_seeds, stem, save)
     labels = {name: METHODS.get(name, name) for name in shown}
     colors = {label: plots.style(name, i)[0] for i, (name, label) in enumerate(labels.items())}
     draw_interference({labels[name]: row for name, row in shown.items()}, colors, title, stem, save)
     for name, row in shown.items():
-        seeds = f"mean of {len(row.runs)} seeds" if len(row.runs) > 1 else f"seed {row.seeds[0]}"
-        heading = title.replace(" data)", f" data), {METHODS.get(name, name)}, {seeds}", 1)
+        heading = title.replace(" data)", f" data), {METHODS.get(name, name)}, {_seeds({name: row})}", 1)
         save(plots.accuracy_heat_map(plots.mean_matrix(matrices[name]), heading), f"{stem}-{name}-accuracy")
         columns = plots.mean_columns([run.summary.get("memory_columns") or {} for run in row.runs])
         if columns:
@@ -112,6 +112,15 @@ def draw_sweep(rows: Sequence[Row], name: str, save: Save) -> None:
     save(plots.scores_against(labels, rows, name, title), f"{stem}-sweep")
     shown = {f"{name} {label}": row for label, row in zip(labels, rows, strict=True)}
     draw_interference(shown, plots.shades(list(shown)), title, stem, save)
+
+
+def _seeds(shown: dict[str, Row]) -> str:
+    """How many seeds stand behind a picture of some rows."""
+    counts = {METHODS.get(name, name): len(row.runs) for name, row in shown.items()}
+    if len(set(counts.values())) > 1:
+        return "means ± one standard deviation over seeds: " + ", ".join(f"{name} {n}" for name, n in counts.items())
+    n = next(iter(counts.values()))
+    return f"mean of {n} seeds ± one standard deviation" if n > 1 else f"seed {next(iter(shown.values())).seeds[0]}"
 
 
 def _grouped(rows: Sequence[Row], key: Callable[[Row], tuple]) -> list[list[Row]]:

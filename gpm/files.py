@@ -7,7 +7,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,10 +45,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
                 temporary.unlink()
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left half written in a folder that nobody else writes to now."""
-    for path in folder.glob(f".*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Delete what killed processes left half written of some files in a folder that nobody else writes to now."""
+    for name in names:
+        for path in folder.glob(f".{name}.*{TEMPORARY}"):
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,6 +69,15 @@ def save_tensors(path: Path, value: Any) -> None:
     payload = buffer.getbuffer()
     digest = hashlib.sha256(payload).hexdigest().encode()
     write_atomically(path, lambda file: (file.write(MAGIC), file.write(digest + b"\n"), file.write(payload)))
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file begins as one of `save_tensors` does."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def load_tensors(path: Path) -> Any:

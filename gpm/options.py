@@ -144,6 +144,8 @@ def check(options: Options) -> None:
     """Raise InputError, in one line, for values that no run can use."""
     for name in ("n_tasks", "n_epochs", "batch_size_train", "batch_size_test", "lr", "lr_min", "lr_patience"):
         _require(getattr(options, name) > 0, name, getattr(options, name), "positive")
+    for name in ("output_dir", "run_folder", "data_dir"):
+        _require(getattr(options, name) != "", name, "empty", "the path of a folder")
     _require(0 <= options.seed < 2**63, "seed", options.seed, "in [0, 2**63)")
     _require(options.n_train is None or options.n_train > 0, "n_train", options.n_train, "positive")
     _require(0 <= options.momentum < 1, "momentum", options.momentum, "in [0, 1)")

@@ -175,7 +175,9 @@ def bars(
         errors = [0.0 if e is None else e.std or 0.0 for e in estimates]
         lowest = min(0.0, *(m - e for m, e in zip(means, errors, strict=True)))
         highest = max(0.0, *(m + e for m, e in zip(means, errors, strict=True)))
-        room = 0.14 * max(highest - lowest, 1.0)  # for the numbers at the bars' ends
+        span = (highest - lowest) or 1.0
+        room = 0.14 * span  # for the numbers at the bars' ends
+        digits = min(4, max(1, 2 - int(np.floor(np.log10(span)))))  # of the largest, three
         for x, (method, estimate) in enumerate(zip(scores, estimates, strict=True)):
             if estimate is None:
                 axes.text(x, 0.1 * room, "–", ha="center", va="bottom", fontsize=TICK)
@@ -188,7 +190,6 @@ def bars(
                     axes.errorbar(x, estimate.mean, estimate.std, **bar)
             down = estimate.mean < 0
             tip = estimate.mean + (-1 if down else 1) * ((estimate.std or 0.0) + 0.12 * room)
-            digits = 1 if highest - lowest >= 10 else 2
             text = f"{estimate.mean:{'+' if signed[part] else ''}.{digits}f}"
             text = text.replace("-", "\N{MINUS SIGN}")  # as on the axis
             axes.text(x, tip, text, ha="center", va="top" if down else "bottom", fontsize=TICK)
@@ -209,16 +210,16 @@ def scores_against(labels: Sequence[str], rows: Sequence[Any], name: str, title:
 
     Args:
         labels: the values, ascending, drawn at equal distances.
-        rows: one for each value: `accuracy` and `backward_transfer`, Estimates (the latter perhaps None).
+        rows: one for each value: `method`, `accuracy` and `backward_transfer`, Estimates (the latter perhaps None).
         name: of the hyperparameter.
         title: what was run.
     """
     width = max(6.4, 3.2 + 0.9 * len(labels))
     figure = Figure(figsize=(width, 3.8), layout="constrained")
-    kinds = (("accuracy", "ACC, %", "gpm"), ("backward_transfer", "BWT, points", "naive"))
-    for axes, (kind, heading, style) in zip(figure.subplots(1, 2), kinds, strict=True):
+    kinds = (("accuracy", "ACC, %"), ("backward_transfer", "BWT, points"))
+    color, marker = style(rows[0].method, 0)
+    for axes, (kind, heading) in zip(figure.subplots(1, 2), kinds, strict=True):
         points = [(x, e) for x, row in enumerate(rows) if (e := getattr(row, kind)) is not None]
-        color, marker = STYLES[style]
         axes.errorbar(
             [x for x, _ in points],
             [e.mean for _, e in points],
@@ -275,6 +276,7 @@ def interference_histograms(
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},
             )
         axes.set_yscale("log")
+        axes.set_xlim(1.1 * EDGES[0], 1.1 * EDGES[-1])
         axes.set_title(layer, fontsize=LABEL)
         _plain(axes)
         _label(axes, "", "")
@@ -286,7 +288,7 @@ def interference_histograms(
     figure.legend(handles, labels, loc="outside right center", fontsize=TICK, frameon=False)
     _title(
         figure,
-        f"{title}\nhow far later tasks moved the first task's layer outputs (in figures: root mean square)",
+        f"{title}\nhow far later tasks moved the first task's layer outputs (numbers: root mean square)",
         width,
     )
     return figure

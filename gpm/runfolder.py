@@ -17,15 +17,17 @@ import filelock
 from torch import nn
 
 from gpm.batchnorm import Statistics
-from gpm.checkpoint import load_checkpoint
+from gpm.checkpoint import NEWEST, NEXT, load_checkpoint
 from gpm.errors import InputError
-from gpm.files import remove_leftovers
+from gpm.files import is_ours, remove_leftovers
 from gpm.memory import GradientProjectionMemory
 from gpm.methods import make_method
 from gpm.methods.base import Method
 from gpm.options import Options, variant
+from gpm.summaries import Run, read_run
 
 LOCK, HOLDER = ".lock", ".holder"
+FILES = ("config.json", "epochs.jsonl", NEXT, "summary.json", "accuracy.csv", "accuracy.png", "memory.png")
 
 
 def run_folder(options: Options, benchmark: str, data: str) -> Path:
@@ -40,14 +42,16 @@ def hold(folder: Path) -> Iterator[None]:
     """Keep other processes from running in the same folder.
 
     Raises:
-        InputError: one does already, or the folder cannot be written to.
+        InputError: one does already, the folder is another program's, or it cannot be written to.
     """
+    if (folder / NEWEST).exists() and not (folder / "config.json").exists() and not is_ours(folder / NEWEST):
+        raise InputError(f"{folder} holds a {NEWEST} of another program; choose another folder")
     lock = filelock.FileLock(folder / LOCK, timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         (folder / HOLDER).write_text(f"process {os.getpid()} on {platform.node()}")
-        remove_leftovers(folder)
+        remove_leftovers(folder, FILES)
     except filelock.Timeout as error:
         holder = (folder / HOLDER).read_text() if (folder / HOLDER).exists() else "another process"
         raise InputError(f"{holder} is at work in {folder}; wait for it or choose another folder") from error
@@ -62,12 +66,9 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary of a finished run; None where there is none or it cannot be read."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return summary if isinstance(summary, dict) and summary.get("finished") else None
+    """The summary of a finished run; None where there is none or it is damaged."""
+    run = read_run(folder / "summary.json")
+    return run.summary if isinstance(run, Run) else None
 
 
 def check_same_run(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -84,6 +85,26 @@ def check_same_run(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) 
     ]
     if different:
         raise InputError(f"{folder} holds a run with other hyperparameters ({'; '.join(different)}); choose another")
+
+
+def check_same_images(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise InputError where a folder holds a run on other images.
+
+    Args:
+        folder: for the message.
+        found, wanted: by data set, its checksums (Benchmark.sources).
+    """
+    different = [
+        name
+        for name, source in wanted.items()
+        for part in ("train_sha256", "test_sha256")
+        if source.get(part) != found.get(name, {}).get(part)
+    ]
+    if different:
+        raise InputError(
+            f"{folder} holds a run on other images of {', '.join(dict.fromkeys(different))} than are there now; give "
+            "those back, choose another --output_dir, or start afresh with --no_resume"
+        )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
 import itertools
 import os
 import re
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from gpm import comparison, figures, summaries, tables
+from gpm import cli, comparison, figures, summaries, tables
 from gpm.cli import Parser
 from gpm.cluster import Cluster, RemoteProcess
 from gpm.errors import InputError
@@ -112,7 +113,11 @@ class Outcome:
 
 
 def make_jobs(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Job]:
-    """The jobs that a command line asks for, in the order to start them."""
+    """The jobs that a command line asks for, in the order to start them.
+
+    Raises:
+        InputError, SystemExit: a script does not take its flags.
+    """
     embedded = args.what == "embedded"
     if embedded:
         plan = dict.fromkeys(EMBEDDED, EMBEDDED_METHODS)
@@ -137,8 +142,15 @@ def make_jobs(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Job]:
                 flags += [] if value is None else [f"--{args.sweep[0]}", *value.split()]
                 name = f"{benchmark} {method}" + ("" if seed is None else f" seed {seed}")
                 name += "" if value is None else f" {args.sweep[0]} {value}"
+                check_flags(benchmark, flags)
                 jobs.append(make_job(name, benchmark, flags, args.output_dir))
     return jobs
+
+
+def check_flags(benchmark: str, flags: Sequence[str]) -> None:
+    """Let a script's own parser look at a command, so that a mistyped flag is said once and before anything runs."""
+    module = importlib.import_module(f"main_{benchmark}")
+    cli.parse(module.Hyperparameters, flags, None, prog=f"main_{benchmark}.py")
 
 
 def make_job(name: str, benchmark: str, flags: Sequence[str], output_dir: Path) -> Job:
@@ -348,7 +360,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         help="run gpm (or --methods) at each value of a hyperparameter and draw ACC, BWT and interference over it; "
         "one value for each layer is written with spaces: threshold='0.9 0.95 0.95,0.95 0.99 0.99'",
     )
-    add("--figures", type=Path, metavar="DIR", help="folder for the pictures (default: OUTPUT_DIR/figures/DATA)")
+    add("--figures", type=Path, metavar="DIR", help="folder for the pictures (default: OUTPUT_DIR/figures)")
     add(
         "--ray",
         metavar="ADDRESS",
@@ -372,12 +384,20 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         parser.error("--table goes with paper: run_experiments.sh paper --table 1")
     if args.gpus_per_run is not None and (not args.ray or not args.gpus_per_run >= 0):
         parser.error(f"--gpus_per_run is {args.gpus_per_run:g}; it goes with --ray and must not be negative")
-    if args.sweep and f"--{args.sweep[0]}" in passed_on:
-        parser.error(f"--{args.sweep[0]} is given and swept; give one")
+    given = {argument.partition("=")[0].removeprefix("--") for argument in passed_on if argument.startswith("--")}
+    swept = args.sweep[0] if args.sweep else None
+    if swept in given:
+        parser.error(f"--{swept} is given and swept; give one")
+    if {swept, *given} & {"seed", "method", "seeds", "methods"}:
+        parser.error("use --seeds and --methods here, each with one or more values")
+    if {swept, *given} & {"run_folder", "config"}:
+        parser.error("--run_folder and --config are of a single run: give them to its script")
+    if args.what == "embedded" and "data" in given:
+        parser.error("--data is what the first word says: embedded, or paper")
     if args.jobs is not None and args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}; it must be positive")
-    if "--seed" in passed_on or "--method" in passed_on:
-        parser.error("use --seeds and --methods here, each with one or more values")
+    if args.seeds and len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds {' '.join(map(str, args.seeds))}: each once")
     return args, passed_on
 
 
@@ -424,8 +444,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             if cluster:
                 cluster.close()
-        folder = args.figures or args.output_dir / "figures" / ("embedded" if args.what == "embedded" else "real")
-        finish(outcome, folder, args.sweep and args.sweep[0])
+        finish(outcome, args.figures or args.output_dir / "figures", args.sweep and args.sweep[0])
     except InputError as error:
         print(f"run_experiments.sh: error: {error}", file=sys.stderr)
         return 2

@@ -127,7 +127,7 @@ def as_markdown(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
 
 
 def as_latex(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
-    """A tabular for the booktabs package; what is listed below the table is a comment."""
+    """A tabular for the booktabs package, with its notes below; runs without numbers are comments."""
     body, notes = table(rows)
     lines = []
     if body:
@@ -136,8 +136,8 @@ def as_latex(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
         lines += [" & ".join(map(_latex, headings)) + r" \\", "\\midrule"]
         lines += [" & ".join(map(_latex, line.values())) + r" \\" for line in body]
         lines += ["\\bottomrule", "\\end{tabular}"]
-    below = [f"% {line}" for line in (*notes, *_problem_lines(problems))]
-    return _paragraphs(lines, below, [])
+    below = [f"{{\\footnotesize {_latex(note)}\\par}}" for note in notes] if body else []
+    return _paragraphs([*lines, *below], [f"% {line}" for line in _problem_lines(problems)])
 
 
 def _latex(text: str) -> str:

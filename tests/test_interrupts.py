@@ -4,6 +4,8 @@ import os
 import random
 import signal
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -74,9 +76,16 @@ def test_process_exits_with_the_signals_code_and_resumes(tmp_path, number, code)
     small_run(tmp_path / "timed")
     duration = time.perf_counter() - began
     delays, stopped = random.Random(number), 0
+    ready, tell = os.pipe()
+
+    def announce_and_run(folder: Path) -> None:
+        os.write(tell, b".")
+        small_run(folder, quiet=False)
+
     for trial in range(4):
         folder, log = tmp_path / f"run{trial}", tmp_path / f"log{trial}"
-        child = fork(lambda folder=folder: small_run(folder, quiet=False), log)
+        child = fork(partial(announce_and_run, folder), log)
+        os.read(ready, 1)  # a signal that comes sooner meets a process that is no run yet
         found = signal_later(child, delays.uniform(0.1, 0.8) * duration, number)
         text = log.read_text()
         assert found in (0, code), text

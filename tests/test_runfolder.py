@@ -1,5 +1,6 @@
 """What a run folder is called, refuses, gives back and repeats."""
 
+import dataclasses
 import json
 import sys
 
@@ -15,6 +16,7 @@ from gpm.checkpoint import NEWEST, RESERVE
 from gpm.cli import parse
 from gpm.errors import InputError
 from gpm.experiment import run
+from gpm.options import Options
 from gpm.runfolder import run_folder
 from gpm.training import evaluate
 from models import MLP
@@ -87,6 +89,50 @@ class TestClash:
         small_run(tmp_path)
         with pytest.raises(InputError, match="checkpoint in .* is of another model .*--no_resume"):
             small_run(tmp_path, lambda: TwoLayers(5))
+
+    def test_other_images_than_before(self, tmp_path):
+        """A run goes on, or shows its summary, only on the images it began with."""
+
+        def go(train: str, **changes) -> dict:
+            data = dataclasses.replace(benchmark(), sources={"maps": {"train_sha256": train, "test_sha256": "b"}})
+            torch.manual_seed(0)
+            return run(options(tmp_path, **changes), data, TwoLayers())
+
+        go("a")
+        with pytest.raises(InputError, match="holds a run on other images of maps than are there now; give those back"):
+            go("c")
+        for name in (NEWEST, RESERVE):
+            (tmp_path / name).unlink()
+        with pytest.raises(InputError, match="other images of maps"):
+            go("c")
+        assert go("c", no_resume=True)["data"]["sources"]["maps"]["train_sha256"] == "c"
+
+    def test_a_folder_of_another_program(self, tmp_path):
+        (tmp_path / NEWEST).write_bytes(b"somebody's weights")
+        (tmp_path / ".notes.tmp").write_text("mine")
+        (tmp_path / ".summary.json.abc.tmp").write_text("half of a summary")
+        with pytest.raises(InputError, match="holds a checkpoint.pt of another program; choose another folder"):
+            small_run(tmp_path)
+        assert (tmp_path / NEWEST).read_bytes() == b"somebody's weights"
+        (tmp_path / NEWEST).unlink()
+        small_run(tmp_path)
+        assert (tmp_path / ".notes.tmp").read_text() == "mine"
+        assert not (tmp_path / ".summary.json.abc.tmp").exists()
+
+    @pytest.mark.parametrize("name", ["output_dir", "run_folder", "data_dir"])
+    def test_no_folder(self, tmp_path, monkeypatch, name):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(InputError, match=f"^{name} is empty; it must be the path of a folder$"):
+            small_run(tmp_path, **{name: ""})
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("summary", ['{"finished": true}', "[]", '{"finished": true, "hyperparameters": {}}'])
+    def test_a_summary_that_says_nothing_is_made_again(self, tmp_path, summary):
+        small_run(tmp_path)
+        expected = (tmp_path / "summary.json").read_text()
+        (tmp_path / "summary.json").write_text(summary)
+        small_run(tmp_path)
+        assert (tmp_path / "summary.json").read_text() == expected
 
 
 class TestSaysSo:
@@ -218,10 +264,17 @@ class TestConfig:
         path.write_text(json.dumps({"hyperparameters": vars(hyperparameters)}))
         assert parse(main_pmnist.Hyperparameters, ["--config", str(path)], "") == hyperparameters
 
-    def test_of_another_script(self, tmp_path):
-        small_run(tmp_path)
-        with pytest.raises(InputError, match="is of another script: it differs in n_hidden, n_outputs"):
-            parse(main_pmnist.Hyperparameters, ["--config", str(tmp_path / "config.json")], "")
+    def test_of_another_script(self, pmnist, tmp_path):
+        pmnist()
+        (path,) = (tmp_path / "runs").rglob("config.json")
+        with pytest.raises(InputError, match="is of another script: it has n_hidden, n_outputs$"):
+            parse(Options, ["--config", str(path)], "")
+
+    def test_from_before_a_flag_was_there(self, tmp_path):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({"hyperparameters": {"lr": 0.3, "threshold": [0.8, 0.9, 0.9]}}))
+        expected = main_pmnist.Hyperparameters(lr=0.3, threshold=(0.8, 0.9, 0.9))
+        assert parse(main_pmnist.Hyperparameters, ["--config", str(path)], "") == expected
 
 
 def test_tensorboard_missing_is_one_line(tmp_path, monkeypatch):
