@@ -4,7 +4,7 @@
     python main_cifar100_superclass.py --t_order 3             # another of the five published task orders
     python main_cifar100_superclass.py --data embedded --n_train 50 --n_epochs 5 --n_tasks 5    # no download, a minute
 
-About 3 s an epoch on one CPU core: a full run is an hour there, minutes on a GPU.
+About 5 s an epoch on one CPU core: a full run is two hours there, minutes on a GPU.
 """
 
 from __future__ import annotations

@@ -133,9 +133,15 @@ def verdict(row: Row, complete: bool, same_images: bool) -> str:
         return "not comparable: data, see note"
     if not same_images:
         return "not comparable: images differ"
-    missed = [] if reproduced(row.accuracy, row.published.accuracy) else ["ACC"]
-    if row.backward_transfer and row.published.backward_transfer:
-        missed += [] if reproduced(row.backward_transfer, row.published.backward_transfer) else ["BWT"]
+    pairs = {
+        "ACC": (row.accuracy, row.published.accuracy),
+        "BWT": (row.backward_transfer, row.published.backward_transfer),
+    }
+    missed = [
+        f"{name} {'above' if ours.mean > paper.mean else 'below'}"
+        for name, (ours, paper) in pairs.items()
+        if ours and paper and not reproduced(ours, paper)
+    ]
     answer = f"no ({' and '.join(missed)})" if missed else "yes"
     return f"{answer}, paper's figure unverified" if row.published.doubt else answer
 

@@ -5,7 +5,7 @@ python -m gpm.report runs/real --format latex              # or markdown, csv
 python -m gpm.report runs --plots figures                  # PNG and PDF of every comparison
 python -m gpm.report runs --plots figures --against threshold   # and of ACC, BWT and interference over a sweep
 python -m gpm.report runs/real --collect results           # copy finished summaries into results/
-python -m gpm.report results --readme README.md            # rewrite the README's table from them
+python -m gpm.report results/real --readme README.md       # rewrite the README's table from them
 """
 
 from __future__ import annotations

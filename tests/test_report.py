@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -94,16 +95,16 @@ def test_a_row_of_three_seeds(tmp_path):
     ("changes", "verdict"),
     [
         ({"average_accuracy": 72.0, "backward_transfer": -1.0}, "yes"),
-        ({"average_accuracy": 60.0, "backward_transfer": -1.0}, "no (ACC)"),
-        ({"average_accuracy": 72.0, "backward_transfer": -5.0}, "no (BWT)"),
-        ({}, "no (ACC and BWT)"),
+        ({"average_accuracy": 60.0, "backward_transfer": -1.0}, "no (ACC below)"),
+        ({"average_accuracy": 72.0, "backward_transfer": -5.0}, "no (BWT below)"),
+        ({}, "no (ACC above and BWT below)"),
         ({"variant": "n_epochs=20"}, "not comparable: variant"),
         ({"data": {"kind": "real", "notes": ["cifar100: 25,000 of 50,000 training images"]}}, "not comparable: data"),
         ({"data": {"kind": "embedded", "notes": []}}, "embedded data"),
         ({"method": "naive"}, "nothing published"),
         ({"method": "multitask", "average_accuracy": 79.0, "backward_transfer": None}, "yes"),
         ({"benchmark": "cifar100_superclass", "average_accuracy": 57.0}, "yes, paper's figure unverified"),
-        ({"benchmark": "cifar100_superclass", "variant": "protocol=released"}, "no (ACC), paper's figure unverified"),
+        ({"benchmark": "cifar100_superclass", "variant": "protocol=released"}, "no (ACC above), paper's figure unverified"),
     ],
 )
 def test_verdicts(tmp_path, changes, verdict):
@@ -302,11 +303,21 @@ def test_the_readmes_table_is_what_the_results_say():
     parts = report.split_readme(readme.read_text(encoding="utf-8")) if readme.exists() else None
     if parts is None:
         pytest.skip("the README has no table of results")
-    results = ROOT / "results"
-    runs, problems = summaries.find_runs([results]) if any(results.rglob("*.json")) else ([], [])
+    runs, problems = summaries.find_runs([ROOT / "results" / "real"])
     assert not problems
-    expected = report.block(comparison.summarise(runs), problems) if runs else f"{report.BEGIN}\n{report.END}"
-    assert parts[1] == expected, "run: python -m gpm.report results --readme README.md"
+    expected = report.block(comparison.summarise(runs), problems)
+    assert parts[1] == expected, "run: python -m gpm.report results/real --readme README.md"
+
+
+def test_the_search_over_hyperparameters_is_what_the_results_say():
+    page = (ROOT / "docs" / "baselines.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .* \| `(results/\S+)` \| ([\d.]+) \| ([\d.]+) \| ([-+][\d.]+) \|", page, flags=re.MULTILINE)
+    assert rows
+    for path, valid, test, transfer in rows:
+        summary = json.loads((ROOT / path).read_text())
+        last = summary["valid_accuracy"][-1]
+        found = (sum(last) / len(last), summary["average_accuracy"], summary["backward_transfer"])
+        assert (valid, test, transfer) == tuple(map(format, found, (".2f", ".2f", "+.2f"))), path
 
 
 @pytest.mark.parametrize(
