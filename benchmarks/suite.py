@@ -143,6 +143,7 @@ def measure_memory(case: Case, task: Task, stopwatch: Stopwatch, effort: Effort)
     bases = method.memory.bases
     some = {name: method.memory.layers[name] for name in names}
     batches, samples = method.representative(T, task.train)
+    samples = {name: samples[name] for name in names if name in samples}
     thresholds = {name: method.thresholds[name] + case.options.threshold_step * T for name in names}
 
     def ours_on_these() -> None:

@@ -104,7 +104,10 @@ def test_a_row_of_three_seeds(tmp_path):
         ({"method": "naive"}, "nothing published"),
         ({"method": "multitask", "average_accuracy": 79.0, "backward_transfer": None}, "yes"),
         ({"benchmark": "cifar100_superclass", "average_accuracy": 57.0}, "yes, paper's figure unverified"),
-        ({"benchmark": "cifar100_superclass", "variant": "protocol=released"}, "no (ACC above), paper's figure unverified"),
+        (
+            {"benchmark": "cifar100_superclass", "variant": "protocol=released"},
+            "no (ACC above), paper's figure unverified",
+        ),
     ],
 )
 def test_verdicts(tmp_path, changes, verdict):

@@ -38,9 +38,10 @@ class Convolutional(nn.Module):
 CPU = torch.device("cpu")
 SMALL = suite.Effort(rounds=2, repetitions=1, plain_layers=1)
 OPTIONS = Options(batch_size_train=4, batch_size_test=8, n_samples=6)
+WITH_SAMPLES = dataclasses.replace(OPTIONS, samples={"conv": 4, "fc": 6})
 TINY = {
     "mlp": Case("tiny MLP", lambda: MLP(12, 8, 3), OPTIONS, (12,), 3, n_train=42, n_valid=8, pool=16, steps=2),
-    "lenet": Case("tiny CNN", Convolutional, OPTIONS, (2, 5, 5), 3, n_train=42, n_valid=8, pool=16, steps=1),
+    "lenet": Case("tiny CNN", Convolutional, WITH_SAMPLES, (2, 5, 5), 3, n_train=42, n_valid=8, pool=16, steps=1),
 }
 
 
