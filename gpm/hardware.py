@@ -43,7 +43,7 @@ def tune(device: torch.device, model: nn.Module, options: Options) -> None:
       its pages are faulted in again at the next step.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs are made on the current one
     if device.type != "cpu":
         return

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from gpm import InputError
+from gpm import InputError, hardware
 from gpm.experiment import run
 from gpm.metrics import average_accuracy, backward_transfer
+from gpm.options import Options
 from tests import tiny
 
 METHODS = pytest.mark.parametrize("method", ["gpm", "naive"])
@@ -216,3 +217,13 @@ def test_all_training_images_may_be_samples(tmp_path):
     options = tiny.options(tmp_path, n_samples="all", n_epochs=1, n_tasks=2)
     summary = run(options, tiny.benchmark(2, n_train=126), tiny.Network())
     assert summary["memory_columns"]["fc1"][-1] > 0
+
+
+@pytest.mark.parametrize(("device", "current"), [("cuda:1", [torch.device("cuda:1")]), ("cuda", [])])
+def test_a_gpu_that_is_named_becomes_the_current_one(monkeypatch, device, current):
+    """Streams and CUDA graphs are made on the current device, whatever tensors they work on."""
+    set_to = []
+    monkeypatch.setattr(torch.cuda, "set_device", set_to.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    hardware.tune(torch.device(device), tiny.Network(), Options())
+    assert set_to == current
