@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import os
+import sys
 import warnings
 from contextlib import nullcontext
 
@@ -258,11 +258,13 @@ def distributed(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_distributed_data_parallel(tmp_path):
+def test_distributed_data_parallel(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if sys.platform == "linux":  # where this machine's own name cannot be looked up
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(D, 8), nn.LayerNorm(8), nn.Linear(8, 5), nn.Linear(5, 4))
     torch.save(model.state_dict(), tmp_path / "start.pt")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.multiprocessing.spawn(distributed, (str(tmp_path),), nprocs=2)
     memory = remembering(model)
     memory.bases["3"] = torch.eye(6, dtype=torch.float64)
