@@ -28,12 +28,12 @@ print("ACC 90.00 %\\n  " + str(folder) + "/summary.json, accuracy.csv")
 
 DRIVER = """
 import json, pathlib, sys
-from gpm import cluster, sweep
+from gpm import cluster, jobs
 folder = pathlib.Path(sys.argv[1])
 codes = json.loads(sys.argv[2])
-jobs = [sweep.Job(name, (sys.executable, "-c", code), folder / "logs" / name) for name, code in codes.items()]
+plan = [jobs.Job(name, (sys.executable, "-c", code), folder / "logs" / name) for name, code in codes.items()]
 machines = cluster.Cluster("local", pathlib.Path.cwd(), cpus=1, gpus=0)
-outcome = sweep.run_jobs(jobs, machines.n_at_once, 1, machines)
+outcome = jobs.run_jobs(plan, machines.n_at_once, 1, machines)
 machines.close()
 print("folders", sorted(path.name for path in outcome.folders), "failed", [job.name for job in outcome.failed])
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gpm import sweep
+from gpm import jobs, sweep
 from gpm.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +38,7 @@ print(f"  {folder}/summary.json, accuracy.csv")
 
 def fake_job(tmp_path, name, seconds=0.0, code=FAKE):
     command = (sys.executable, "-u", "-c", code, str(tmp_path / name), str(seconds))
-    return sweep.Job(name, command, tmp_path / "logs" / f"{name}.log")
+    return jobs.Job(name, command, tmp_path / "logs" / f"{name}.log")
 
 
 def commands(*argv):
@@ -76,10 +76,10 @@ def test_a_table_is_methods_by_benchmarks_by_seeds():
     [(8, 2, False, 24, 2), (1, 2, False, 24, 1), (100, 64, False, 64, 12), (8, 16, True, 24, 1), (8, 4, False, 1, 1)],
 )
 def test_runs_side_by_side_as_the_machine_allows(monkeypatch, n_jobs, cores, gpu, gigabytes, expected):
-    monkeypatch.setattr(sweep, "available_cores", lambda: cores)
-    monkeypatch.setattr(sweep.torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(sweep, "available_memory", lambda: gigabytes * 2**30)
-    assert sweep.usual_jobs(n_jobs) == expected
+    monkeypatch.setattr(jobs, "available_cores", lambda: cores)
+    monkeypatch.setattr(jobs.torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(jobs, "available_memory", lambda: gigabytes * 2**30)
+    assert jobs.usual_jobs(n_jobs) == expected
 
 
 def test_a_sweep_runs_gpm_at_each_value():
@@ -128,8 +128,7 @@ def test_bad_input_is_one_line_and_code_2(argv, capsys):
 
 def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, capsys):
     bad = fake_job(tmp_path, "bad", code="import sys; print('no such thing', file=sys.stderr); sys.exit(2)")
-    jobs = [fake_job(tmp_path, "first"), bad, fake_job(tmp_path, "last")]
-    outcome = sweep.run_jobs(jobs, 2, 1)
+    outcome = jobs.run_jobs([fake_job(tmp_path, "first"), bad, fake_job(tmp_path, "last")], 2, 1)
     assert outcome.failed == [bad]
     assert sorted(outcome.folders) == [tmp_path / "first", tmp_path / "last"]
     said = capsys.readouterr().out
@@ -139,20 +138,19 @@ def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, capsys):
 
 def test_a_finished_run_is_not_run_again(tmp_path, capsys):
     job = fake_job(tmp_path, "once")
-    sweep.run_jobs([job], 1, 1)
+    jobs.run_jobs([job], 1, 1)
     (tmp_path / "once/began").unlink()
-    assert sweep.run_jobs([job], 1, 1).folders == [tmp_path / "once"]
+    assert jobs.run_jobs([job], 1, 1).folders == [tmp_path / "once"]
     assert not (tmp_path / "once/began").exists()
     (tmp_path / "once/summary.json").write_text("{")  # damaged since: run it again
-    sweep.run_jobs([job], 1, 1)
+    jobs.run_jobs([job], 1, 1)
     assert (tmp_path / "once/began").exists()
 
 
 def test_no_more_than_n_at_once(tmp_path):
     code = FAKE.replace("time.sleep(seconds)", "time.sleep(0.3); (folder / 'over').write_text(str(time.time()))")
     code = code.replace('(folder / "began").touch()', "(folder / 'began').write_text(str(time.time()))")
-    jobs = [fake_job(tmp_path, name, code=code) for name in "abc"]
-    sweep.run_jobs(jobs, 1, 1)
+    jobs.run_jobs([fake_job(tmp_path, name, code=code) for name in "abc"], 1, 1)
     began, over = ([float((tmp_path / n / what).read_text()) for n in "abc"] for what in ("began", "over"))
     assert over[0] <= began[1] and over[1] <= began[2]
 
@@ -162,12 +160,12 @@ def test_a_signal_stops_every_run(tmp_path, signal_number, code):
     program = f"""
 import signal, sys
 from pathlib import Path
-from gpm import sweep
+from gpm import jobs, sweep
 from gpm.methods import METHODS
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts the tests may have them ignore it
-jobs = [sweep.Job(n, (sys.executable, "-u", "-c", {FAKE!r}, f"{tmp_path}/{{n}}", "60"), Path("{tmp_path}", n + ".log"))
+plan = [jobs.Job(n, (sys.executable, "-u", "-c", {FAKE!r}, f"{tmp_path}/{{n}}", "60"), Path("{tmp_path}", n + ".log"))
         for n in "ab"]
-sweep.make_jobs = lambda args, passed_on: jobs
+sweep.make_jobs = lambda args, passed_on: plan
 sys.exit(sweep.main(["--jobs", "2"]))
 """
     process = subprocess.Popen(
