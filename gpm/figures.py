@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 from gpm import plots
 from gpm.comparison import Row, estimate
 from gpm.errors import InputError
-from gpm.published import BENCHMARKS, METHODS
+from gpm.methods import METHODS
+from gpm.published import BENCHMARKS
+from gpm.published import METHODS as NAMES
 
 Save = Callable[[Figure, str], None]
 
@@ -36,7 +38,7 @@ def draw(rows: Sequence[Row], folder: Path, against: str | None = None) -> list[
             written.append(folder / f"{name}.{suffix}")
             plots.save(figure, written[-1])
 
-    for members in _grouped(rows, lambda row: (row.benchmark, row.data, row.variant)):
+    for members in _grouped(rows, lambda row: (row.benchmark, row.data, _kind(row))):
         draw_comparison(members, save)
     if against:
         groups = _grouped(rows, lambda row: (row.benchmark, row.data, row.method, _others(row, against)))
@@ -53,19 +55,20 @@ def draw_comparison(rows: Sequence[Row], save: Save) -> None:
     # Rows that differ in their notes alone would hide each other: the one with the most runs stands for all.
     best = {row.method: row for row in sorted(rows, key=lambda row: len(row.runs))}
     shown = {row.method: row for row in rows if best[row.method] is row}
-    title = _title(rows[0], rows[0].variant)
+    kind = _kind(rows[0])
+    title = _title(rows[0], kind)
     with_seeds = f"{title}\n{_seeds(shown)}"
-    stem = f"{rows[0].data}-{rows[0].benchmark}-{rows[0].variant}"
+    stem = f"{rows[0].data}-{rows[0].benchmark}-{kind}"
     matrices = {name: [run.summary["accuracy"] for run in row.runs] for name, row in shown.items()}
     save(plots.accuracy_over_time(matrices, with_seeds), f"{stem}-accuracy_over_time")
     scores = {name: (row.accuracy, row.backward_transfer) for name, row in shown.items()}
     save(plots.bars(scores, ("ACC, %", "BWT, points"), with_seeds, signed=(False, True)), f"{stem}-methods")
     draw_costs(shown, with_seeds, stem, save)
-    labels = {name: METHODS.get(name, name) for name in shown}
+    labels = {name: NAMES.get(name, name) for name in shown}
     colors = {label: plots.style(name, i)[0] for i, (name, label) in enumerate(labels.items())}
     draw_interference({labels[name]: row for name, row in shown.items()}, colors, title, stem, save)
     for name, row in shown.items():
-        heading = title.replace(" data)", f" data), {METHODS.get(name, name)}, {_seeds({name: row})}", 1)
+        heading = title.replace(" data)", f" data), {NAMES.get(name, name)}, {_seeds({name: row})}", 1)
         save(plots.accuracy_heat_map(plots.mean_matrix(matrices[name]), heading), f"{stem}-{name}-accuracy")
         columns = plots.mean_columns([run.summary.get("memory_columns") or {} for run in row.runs])
         if columns:
@@ -116,11 +119,17 @@ def draw_sweep(rows: Sequence[Row], name: str, save: Save) -> None:
 
 def _seeds(shown: dict[str, Row]) -> str:
     """How many seeds stand behind a picture of some rows."""
-    counts = {METHODS.get(name, name): len(row.runs) for name, row in shown.items()}
+    counts = {NAMES.get(name, name): len(row.runs) for name, row in shown.items()}
     if len(set(counts.values())) > 1:
         return "means ± one standard deviation over seeds: " + ", ".join(f"{name} {n}" for name, n in counts.items())
     n = next(iter(counts.values()))
     return f"mean of {n} seeds ± one standard deviation" if n > 1 else f"seed {next(iter(shown.values())).seeds[0]}"
+
+
+def _kind(row: Row) -> str:
+    """The variant that a row is drawn with: a method at the rate that suits it stands among the others' defaults."""
+    rate = METHODS[row.method].learning_rate if row.method in METHODS else None
+    return "default" if row.variant == f"lr={rate}" else row.variant
 
 
 def _grouped(rows: Sequence[Row], key: Callable[[Row], tuple]) -> list[list[Row]]:
@@ -141,5 +150,5 @@ def _value(row: Row, name: str) -> Any:
 
 def _title(row: Row, variant: str, method: str | None = None) -> str:
     title = f"{BENCHMARKS.get(row.benchmark, row.benchmark)} ({row.data} data)"
-    title += f", {METHODS.get(method, method)}" if method else ""
+    title += f", {NAMES.get(method, method)}" if method else ""
     return title if variant == "default" else f"{title}\n{variant}"

@@ -76,11 +76,14 @@ def make_jobs(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Job]:
         plan = dict.fromkeys(plan, ("gpm",))
     seeds = args.seeds or (TABLE_SEEDS if args.table else (None,))  # None: the script's own
     values = args.sweep[1] if args.sweep else (None,)
+    chosen = {*names_of(passed_on), args.sweep and args.sweep[0]}
     jobs = []
     for seed in seeds:
         for benchmark, methods in plan.items():
             for method, value in itertools.product(methods, values):
                 flags = ["--data", "embedded", *shlex.split(EMBEDDED[benchmark])] if embedded else []
+                rate = METHODS[method].learning_rate
+                flags += [] if rate is None or embedded or "lr" in chosen else ["--lr", str(rate)]
                 flags += ["--method", method, "--output_dir", str(args.output_dir), *passed_on]
                 flags += [] if seed is None else ["--seed", str(seed)]
                 flags += [] if value is None else [f"--{args.sweep[0]}", *value.split()]
@@ -161,7 +164,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         parser.error("--table goes with paper: run_experiments.sh paper --table 1")
     if args.gpus_per_run is not None and (not args.ray or not args.gpus_per_run >= 0):
         parser.error(f"--gpus_per_run is {args.gpus_per_run:g}; it goes with --ray and must not be negative")
-    given = {argument.partition("=")[0].removeprefix("--") for argument in passed_on if argument.startswith("--")}
+    given = names_of(passed_on)
     swept = args.sweep[0] if args.sweep else None
     if swept in given:
         parser.error(f"--{swept} is given and swept; give one")
@@ -176,6 +179,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if args.seeds and len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds {' '.join(map(str, args.seeds))}: each once")
     return args, passed_on
+
+
+def names_of(arguments: Sequence[str]) -> set[str]:
+    """The flags among some arguments, without their dashes."""
+    return {argument.partition("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")}
 
 
 def sweep_of(text: str) -> tuple[str, tuple[str, ...]]:

@@ -71,6 +71,18 @@ def test_a_table_is_methods_by_benchmarks_by_seeds():
     assert len(commands("paper", "--table", "1", "--methods", "gpm", "naive")) == 3 * 2 * 5
 
 
+def test_methods_run_at_the_learning_rate_that_suits_them():
+    def rates(*argv: str) -> set[tuple[str, ...]]:
+        found = [command for command in commands(*argv) if "hat" in command]
+        return {command[command.index("--lr") + 1 :][:1] if "--lr" in command else () for command in found}
+
+    assert rates("paper", "--table", "1", "--only", "cifar100") == {("0.05",)}
+    assert rates("paper", "--methods", "hat", "--only", "cifar100", "--sweep", "lr=0.1,0.2") == {("0.1",), ("0.2",)}
+    assert not any("--lr" in command for command in commands("paper", "--methods", "gpm", "ewc"))
+    (command,) = commands("paper", "--methods", "hat", "--only", "cifar100", "--lr", "0.02")
+    assert command.count("--lr") == 1
+
+
 @pytest.mark.parametrize(
     ("n_jobs", "cores", "gpu", "gigabytes", "expected"),
     [(8, 2, False, 24, 2), (1, 2, False, 24, 1), (100, 64, False, 64, 12), (8, 16, True, 24, 1), (8, 4, False, 1, 1)],

@@ -31,6 +31,7 @@ class Method:
     name: ClassVar[str]
     memory: GradientProjectionMemory | None = None
     projectors: Mapping[str, LayerProjector] = MappingProxyType({})  # by layer name, while learning
+    learning_rate: ClassVar[float | None] = None  # what sweeps give it where the scripts' own does not suit
     joint: ClassVar[bool] = False  # learns all tasks at once, joined into one (gpm.task.join), instead of in turn
 
     def __init__(self, model: nn.Module, options: Options) -> None:

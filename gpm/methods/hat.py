@@ -38,12 +38,14 @@ class HAT(Method):
     but the heads; which units feed which layer is found when the first task begins (gpm/methods/units.py). The
     embeddings become parameters of the model (`hat_embeddings`), and so part of its weights on disk.
 
-    Hyperparameters: `hat_smax` (s_max), `hat_sparsity` (c). The paper's learning rate is 0.05: give --lr 0.05.
+    Hyperparameters: `hat_smax` (s_max), `hat_sparsity` (c). The paper's learning rate is 0.05: give --lr
+    0.05, as sweeps do.
 
     Stores the embeddings of all tasks and one cumulative gate for each unit.
     """
 
     name = "hat"
+    learning_rate = 0.05
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
