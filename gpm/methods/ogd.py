@@ -38,13 +38,13 @@ class OGD(Method):
     For single-head benchmarks only, as in the paper's comparison, and networks whose every parameter is a Linear's.
 
     Hyperparameters: `ogd_samples` (200 a task, the paper's number). Outputs stay to first order only, so steps must be
-    small: give --lr 0.003, as sweeps do.
+    small: give the paper's --lr 0.001, as sweeps do.
 
     Stores `ogd_samples` · Σ (o + d) floats a task: 238,800 for permuted MNIST's network, where V would take 18 million.
     """
 
     name = "ogd"
-    learning_rate = 0.003
+    learning_rate = 0.001
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
