@@ -128,7 +128,7 @@ class GradientProjectionMemory:
         """
         if self.is_protecting:
             raise InputError("update within protect() would protect only once that is entered anew; leave it first")
-        thresholds = self._by_layer("threshold", threshold)
+        thresholds = self._thresholds(threshold)
         for name, count in (samples or {}).items():
             if name not in self.layers or count < 1:
                 raise InputError(
@@ -151,16 +151,16 @@ class GradientProjectionMemory:
         self.bases = extended
         self.n_updates += 1
 
-    def _by_layer(self, what: str, value: float | Mapping[str, float]) -> dict[str, float]:
-        """One number for each layer, from one for all or one by name."""
-        values = dict(value) if isinstance(value, Mapping) else dict.fromkeys(self.layers, value)
+    def _thresholds(self, given: float | Mapping[str, float]) -> dict[str, float]:
+        """ε of each layer, from one for all or one by name."""
+        values = dict(given) if isinstance(given, Mapping) else dict.fromkeys(self.layers, given)
         if values.keys() != self.layers.keys():
             wrong = ", ".join(sorted(values.keys() ^ self.layers.keys()))
-            raise InputError(f"{what} differs from the layers in {wrong}; the layers are: {', '.join(self.layers)}")
+            raise InputError(f"threshold differs from the layers in {wrong}; the layers are: {', '.join(self.layers)}")
         try:
             return {name: float(number) for name, number in values.items()}
         except (TypeError, ValueError) as error:
-            raise InputError(f"{what} is {value!r}; it must be a number, or one by layer name") from error
+            raise InputError(f"threshold is {given!r}; it must be a number, or one by layer name") from error
 
     @contextmanager
     def protect(self) -> Iterator[dict[str, LayerProjector]]:
