@@ -211,7 +211,8 @@ class Run:
             if finished is not None:
                 found = {name: finished["hyperparameters"].get(name) for name in wanted}
                 check_same_run(self.folder, found, json.loads(json.dumps(wanted)))
-                check_same_images(self.folder, finished["data"]["sources"], self.benchmark.sources)
+                known = finished["data"].get("sources", self.benchmark.sources)
+                check_same_images(self.folder, known, self.benchmark.sources)
             return False
         try:
             check_same_run(self.folder, state["hyperparameters"], wanted)
