@@ -11,9 +11,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -238,36 +236,22 @@ def test_momentum_kept_from_an_earlier_task_needs_protect_update(kept):
     assert max(memory.leak(before).values()) < 1e-4
 
 
-def distributed(rank: int, folder: str) -> None:
-    """One of two processes, each with half of the images."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    model = nn.Sequential(nn.Linear(D, 8), nn.LayerNorm(8), nn.Linear(8, 5), nn.Linear(5, 4))
-    model.load_state_dict(torch.load(f"{folder}/start.pt"))
-    parallel = DistributedDataParallel(model, find_unused_parameters=True)
-    memory = remembering(model)
-    memory.bases["3"] = torch.eye(6, dtype=torch.float64)  # full: it gets no gradient at all
-    with memory.protect():
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for _ in range(3):
-            optimizer.zero_grad()
-            F.mse_loss(parallel(inputs(1)[rank::2]), torch.zeros(20, 4)).backward()
-            optimizer.step()
-    if rank == 0:
-        torch.save(model.state_dict(), f"{folder}/end.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    """Layers without a gradient (frozen norms, a full layer) do not stall its reduction."""
     if sys.platform == "linux":  # where this machine's own name cannot be looked up
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(D, 8), nn.LayerNorm(8), nn.Linear(8, 5), nn.Linear(5, 4))
-    torch.save(model.state_dict(), tmp_path / "start.pt")
-    torch.multiprocessing.spawn(distributed, (str(tmp_path),), nprocs=2)
-    memory = remembering(model)
-    memory.bases["3"] = torch.eye(6, dtype=torch.float64)
-    with memory.protect():
-        train(model, 1, steps=3)
-    assert_close(torch.load(tmp_path / "end.pt"), dict(model.state_dict()))
+    results = []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        for wrap in (lambda m: DistributedDataParallel(m, find_unused_parameters=True), lambda m: m):
+            copied = copy.deepcopy(model)
+            wrapped, memory = wrap(copied), remembering(copied)
+            memory.bases["3"] = torch.eye(6, dtype=torch.float64)  # full: it gets no gradient at all
+            with memory.protect():
+                train(wrapped, 1, steps=3)
+            results.append(copied.state_dict())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_close(*results)
