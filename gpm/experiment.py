@@ -47,8 +47,10 @@ def run(options: Options, benchmark: Benchmark, model: nn.Module) -> dict[str, A
     """
     check(options)
     folder = run_folder(options, benchmark.name, benchmark.data)
-    with stoppable(), hold(folder):
-        return Run(options, benchmark, model, folder).go()
+    with stoppable():
+        state = Run(options, benchmark, model, folder)  # before the folder is made: what is refused leaves nothing
+        with hold(folder):
+            return state.go()
 
 
 class Run:

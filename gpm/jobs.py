@@ -86,13 +86,13 @@ def run_jobs(jobs: Sequence[Job], n_at_once: int, threads: int, cluster: Cluster
     Args:
         jobs: in the order to start them.
         n_at_once: processes side by side.
-        threads: of each, unless the environment says OMP_NUM_THREADS.
+        threads: of each.
         cluster: where they run; on this machine if not given.
     Raises:
         KeyboardInterrupt: after all of them were stopped.
     """
     outcome, waiting, running = Outcome(), list(jobs), []
-    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    environment = {"OMP_NUM_THREADS": str(threads)}
     total = tqdm(total=len(jobs), desc="runs", unit="run", position=0, dynamic_ncols=True, **_screen())
     try:
         while waiting or running:
@@ -210,6 +210,12 @@ def available_memory() -> int:
     with contextlib.suppress(OSError, ValueError):  # a container's limit, on Linux
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return memory
+
+
+def wanted_threads() -> int | None:
+    """The threads that OMP_NUM_THREADS asks for; None where it says nothing that can be used."""
+    text = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # OpenMP takes one number for each level of nesting
+    return int(text) if text.isdecimal() and int(text) > 0 else None
 
 
 def usual_jobs(n_jobs: int) -> int:

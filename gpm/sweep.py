@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import importlib
 import itertools
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from gpm import cli, comparison, figures, summaries, tables
 from gpm.cli import Parser
 from gpm.cluster import Cluster
 from gpm.errors import InputError
-from gpm.jobs import Job, Outcome, available_cores, run_jobs, terminable, usual_jobs
+from gpm.jobs import Job, Outcome, available_cores, run_jobs, terminable, usual_jobs, wanted_threads
 from gpm.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent  # where the scripts are
@@ -216,10 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, passed_on = parse(argv)
         jobs = make_jobs(args, passed_on)
         n_at_once = args.jobs or usual_jobs(len(jobs))
-        threads = max(1, available_cores() // n_at_once)
+        threads = wanted_threads() or max(1, available_cores() // n_at_once)
         cluster = None
         if args.ray:
-            threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+            threads = wanted_threads() or 1
             cluster = Cluster(args.ray, ROOT, threads, args.gpus_per_run or 0)
             n_at_once = args.jobs or cluster.n_at_once
         print(f"{len(jobs)} runs, {n_at_once} at a time, {threads} CPU thread(s) each")

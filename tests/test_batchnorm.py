@@ -110,6 +110,7 @@ def test_it_changes_nothing_but_the_test(tmp_path):
 def test_one_line_on_models_without_batchnorm(tmp_path):
     with pytest.raises(InputError, match="^batchnorm is task, but TwoLayers has no BatchNorm; leave the flag out$"):
         small_run(tmp_path, TwoLayers, batchnorm="task")
+    assert not list(tmp_path.iterdir())  # what is refused leaves nothing behind
 
 
 def test_batch_norms_by_name():

@@ -94,6 +94,12 @@ def test_runs_side_by_side_as_the_machine_allows(monkeypatch, n_jobs, cores, gpu
     assert jobs.usual_jobs(n_jobs) == expected
 
 
+@pytest.mark.parametrize(("text", "expected"), [("3", 3), ("4,2", 4), ("", None), ("0", None), ("many", None)])
+def test_threads_that_the_environment_asks_for(monkeypatch, text, expected):
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert jobs.wanted_threads() == expected
+
+
 def test_a_sweep_runs_gpm_at_each_value():
     found = commands("paper", "--only", "pmnist", "--sweep", "threshold=0.9 0.95 0.95,0.99", "--seeds", "1")
     tail = [command[command.index("--threshold") + 1 :] for command in found]
