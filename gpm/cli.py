@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from gpm import hardware
 from gpm.errors import DivergenceError, InputError, Stopped
 from gpm.interrupts import stoppable
 from gpm.methods import METHODS
@@ -130,6 +131,7 @@ def default_of(field: dataclasses.Field) -> Any:
 def script(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
     """Run a script's main; what went wrong is one line on stderr and the error's exit code."""
     program = Path(sys.argv[0]).name
+    hardware.flush_denormals()
     warnings.showwarning = lambda message, *_: print(f"{program}: warning: {message}", file=sys.stderr)
     try:
         with stoppable():
