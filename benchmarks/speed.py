@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> Path:
     """Measure case after case, recording each as soon as it is there; returns the file."""
+    import numpy
     import torch
 
     from benchmarks.cases import CASES
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> Path:
         "device": device.type,
         "clock": args.clock,
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "versions": hardware.versions(),
+        "versions": hardware.versions() | {"numpy": numpy.__version__},
         "commit": hardware.commit(),
         "date": datetime.date.today().isoformat(),
     }

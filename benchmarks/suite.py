@@ -32,16 +32,21 @@ class Effort:
     Attributes:
         rounds: of steps, each variant once a round.
         repetitions: of the memory update and of evaluation.
+        plain_rounds: of the memory update against the plain one.
+        epoch_seconds: an epoch that would take longer is estimated from its steps, not run.
         plain_layers: time the plain memory update on at most so many layers, the last ones; None: on all.
     """
 
     rounds: int = 15
     repetitions: int = 5
+    plain_rounds: int = 3
+    epoch_seconds: float = 30
     plain_layers: int | None = None
 
 
 FULL = Effort()
-QUICK = Effort(rounds=3, repetitions=1, plain_layers=2)
+QUICK = Effort(rounds=3, repetitions=1, plain_rounds=1, epoch_seconds=0, plain_layers=2)
+GPU_STEPS = 50  # of a measurement, at least: the wait at its end should not count
 
 
 def measure(case: Case, stopwatch: Stopwatch, effort: Effort) -> dict[str, Any]:
@@ -65,7 +70,7 @@ def measure(case: Case, stopwatch: Stopwatch, effort: Effort) -> dict[str, Any]:
             "floor": {"flops": flops, "flops_per_second": rate, "seconds": flops / rate},
             "memory": measure_memory(case, task, stopwatch, effort),
             "evaluation_images_per_second": images_per_second,
-            "epoch": extrapolate_epoch(case, steps, images_per_second),
+            "epoch": measure_epoch(case, task, stopwatch, effort, steps, images_per_second),
         }
     finally:
         torch.set_num_threads(threads)
@@ -82,7 +87,8 @@ def make(case: Case, kind: type[GPM], task: Task, step: str, stack: ExitStack, *
 def measure_steps(case: Case, task: Task, stopwatch: Stopwatch, effort: Effort) -> dict[str, Any]:
     """Seconds of a step by form, alone and projected, and of the dense plain formula; ratios within each form."""
     batch = case.options.batch_size_train
-    order = torch.arange(case.steps * batch, device=task.train.images.device) % case.pool
+    n_steps = max(case.steps, GPU_STEPS) if stopwatch.device.type == "cuda" else case.steps
+    order = torch.arange(n_steps * batch, device=task.train.images.device) % case.pool
     with ExitStack() as stack:
         made: dict[str, dict[str, Steps]] = {}
         for step in ("auto", "eager"):
@@ -96,7 +102,7 @@ def measure_steps(case: Case, task: Task, stopwatch: Stopwatch, effort: Effort) 
         }
         interleaved(variants, 1, stopwatch)  # warm up; a CUDA graph is captured here
         times = interleaved(variants, effort.rounds, stopwatch)
-    times = {name: [t / case.steps for t in values] for name, values in times.items()}
+    times = {name: [t / n_steps for t in values] for name, values in times.items()}
     return {
         form: {
             "seconds": {variant: asdict(Spread.of(times[f"{form}/{variant}"])) for variant in of_form},
@@ -142,26 +148,26 @@ def measure_memory(case: Case, task: Task, stopwatch: Stopwatch, effort: Effort)
     names = list(method.memory.layers)[-(effort.plain_layers or 0) :]
     bases = method.memory.bases
     some = {name: method.memory.layers[name] for name in names}
-    batches, samples = method.representative(T, task.train)
+    (images,), samples = method.representative(T, task.train)
     samples = {name: samples[name] for name in names if name in samples}
     thresholds = {name: method.thresholds[name] + case.options.threshold_step * T for name in names}
 
     def ours_on_these() -> None:
         method.memory.layers, method.memory.bases = some, {name: bases[name] for name in names}
-        method.memory.update(lambda batch: method.model(batch, T), batches, thresholds, samples)
+        method.memory.update(lambda batch: method.model(batch, T), [images], thresholds, samples)
 
     numpy_bases = {name: bases[name].cpu().numpy().astype(np.float32) for name in names}
     variants = {
         "ours": ours_on_these,
         "plain": lambda: plain.update(
-            method.model, lambda batch: method.model(batch, T), batches[0], some, samples, numpy_bases, thresholds
+            method.model, lambda batch: method.model(batch, T), images, some, samples, numpy_bases, thresholds
         ),
     }
-    times = interleaved(variants, 1, stopwatch)
+    times = interleaved(variants, effort.plain_rounds, stopwatch)
     return ours | {
-        "plain": times["plain"][0],
+        "plain": asdict(Spread.of(times["plain"])),
         "plain_layers": names if len(names) < len(method.thresholds) else "all",
-        "ratio": times["plain"][0] / times["ours"][0],
+        "ratio": asdict(ratios(times, "plain", "ours")),
     }
 
 
@@ -175,18 +181,32 @@ def measure_evaluation(case: Case, task: Task, stopwatch: Stopwatch, effort: Eff
     return len(task.test.labels) / Spread.of(times[1:]).median
 
 
-def extrapolate_epoch(case: Case, steps: dict[str, Any], images_per_second: float) -> dict[str, Any]:
-    """Seconds of an epoch of the real benchmark: its number of steps, and the validation images, at measured speeds."""
+def measure_epoch(
+    case: Case, task: Task, stopwatch: Stopwatch, effort: Effort, steps: dict[str, Any], images_per_second: float
+) -> dict[str, Any]:
+    """Seconds of an epoch of the real benchmark's size, validation included: with projected steps, and with dense ones.
+
+    Args:
+        steps: as measured one by one; what an epoch that would take too long is estimated from.
+        images_per_second: in evaluation.
+    """
     n_steps = -(-case.n_train // case.options.batch_size_train)
     fastest = next(iter(steps))  # what --step auto takes
+    forms = {"projected": fastest, "dense": "eager"}
+    seconds = {name: n_steps * steps[form]["seconds"][name]["median"] for name, form in forms.items()}
+    measured = max(seconds.values()) <= effort.epoch_seconds
+    if measured:
+        order = torch.arange(case.n_train, device=task.train.images.device) % case.pool
+        with ExitStack() as stack:
+            made = {
+                "projected": make(case, GPM, task, "auto", stack),
+                "dense": make(case, plain.DenseGPM, task, "eager", stack),
+            }
+            variants = {name: (lambda steps=steps: steps.epoch(order, LR)) for name, steps in made.items()}
+            seconds = {name: times[0] for name, times in interleaved(variants, 1, stopwatch).items()}
     evaluation = case.n_valid / images_per_second
-
-    def seconds(form: str, variant: str) -> float:
-        return n_steps * steps[form]["seconds"][variant]["median"] + evaluation
-
     return {
-        "how": "extrapolated",
+        "how": "measured" if measured else "estimated from its steps",
         "steps": n_steps,
-        "projected": seconds(fastest, "projected"),
-        "dense": seconds("eager", "dense"),
+        **{name: value + evaluation for name, value in seconds.items()},
     }

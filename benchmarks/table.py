@@ -20,7 +20,9 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [*HEADER]
     for result in results.values():
         lines += rows(result)
-    return "\n".join([*dict.fromkeys(map(describe, environments)), "", *lines])
+    estimated = any(result["epoch"]["how"] != "measured" for result in results.values())
+    notes = ["", "≈: estimated from its steps."] if estimated else []
+    return "\n".join([*dict.fromkeys(map(describe, environments)), "", *lines, *notes])
 
 
 def describe(environment: dict[str, Any]) -> str:
@@ -62,9 +64,9 @@ def shared(result: dict[str, Any]) -> list[str]:
     return [
         milliseconds(result["floor"]["seconds"]),
         f"{memory['later']['median']:.2g} (first task {memory['first']['median']:.2g})",
-        f"{memory['plain']:.3g} s{layers}, {memory['ratio']:.0f}×",
+        f"{memory['plain']['median']:.3g} s{layers}, {ratio(memory['ratio'], '.0f')}×",
         f"{result['evaluation_images_per_second']:,.0f}",
-        f"{epoch['projected']:.3g} ({epoch['dense']:.3g})",
+        f"{'' if epoch['how'] == 'measured' else '≈ '}{epoch['projected']:.3g} ({epoch['dense']:.3g})",
     ]
 
 
@@ -73,9 +75,10 @@ def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.3g}"
 
 
-def ratio(spread: dict[str, float]) -> str:
+def ratio(spread: dict[str, float], form: str = ".2f") -> str:
     """Median and quartiles."""
-    return f"{spread['median']:.2f} ({spread['low']:.2f}–{spread['high']:.2f})"
+    median, low, high = (format(spread[name], form) for name in ("median", "low", "high"))
+    return f"{median} ({low}–{high})"
 
 
 def all_results(folder: Path) -> str:

@@ -77,6 +77,29 @@ def test_one_command_measures_records_and_prints(small, tmp_path, capsys):
     assert "| tiny CNN, batch 4, 1 thread, eager |" in printed
 
 
+def test_ratios_and_the_floor_are_the_right_way_up(monkeypatch):
+    seconds = {"alone": 2.0, "projected": 3.0, "dense": 5.0, "ours": 1.0, "plain": 10.0}
+    monkeypatch.setattr(
+        suite,
+        "interleaved",
+        lambda variants, rounds, _: {name: [seconds[name.rpartition("/")[2]]] * rounds for name in variants},
+    )
+    monkeypatch.setattr(suite, "matrix_product_rate", lambda _: 1e6)
+    case = TINY["lenet"]
+    found = suite.measure(case, Stopwatch(CPU), SMALL)
+    ratio = found["steps"]["eager"]["ratio"]
+    assert (ratio["projected"]["median"], ratio["dense"]["median"]) == (1.5, 2.5)
+    assert found["memory"]["ratio"]["median"] == 10
+    assert found["floor"]["seconds"] == suite.count_flops(case, case.task(CPU)) / 1e6
+    evaluation = case.n_valid / found["evaluation_images_per_second"]
+    assert found["epoch"]["how"] == "estimated from its steps"  # 11 steps of 5 s are more than 30 s
+    assert found["epoch"]["dense"] == pytest.approx(11 * 5 + evaluation)
+    short = suite.measure_epoch(
+        case, case.task(CPU), Stopwatch(CPU), suite.Effort(epoch_seconds=60), found["steps"], 1e9
+    )
+    assert (short["how"], round(short["projected"], 3), round(short["dense"], 3)) == ("measured", 3, 5)
+
+
 def test_flops_of_a_step_are_those_of_its_matrix_products():
     forward = 2 * 4 * (12 * 8 + 8 * 8 + 8 * 3)
     backward = forward + 2 * 4 * (8 * 8 + 8 * 3)  # every weight, and the inputs of all layers but the first
@@ -145,6 +168,12 @@ def test_the_table_is_put_between_its_markers(tmp_path):
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="must hold"):
         table.rewrite(readme, "")
+
+
+def test_the_readmes_table_is_what_was_measured():
+    expected = table.all_results(speed.HERE / "results")
+    found = (speed.HERE.parent / "README.md").read_text().split(table.BEGIN)[1].split(table.END)[0].strip()
+    assert found == expected, "run: python benchmarks/speed.py --no_run --readme README.md"
 
 
 def test_processor_time_needs_one_thread(capsys):
