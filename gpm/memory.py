@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gpm.errors import DivergenceError, InputError
 from gpm.files import load_tensors, save_tensors
-from gpm.projection import LayerProjector, layer_projector, projected_gradients
+from gpm.projection import LayerProjector, full_float32, layer_projector, projected_gradients
 from gpm.representation import Representation, find_layers, kept_modules, representations
 from gpm.subspace import RankRule, extend_basis, extend_basis_from_gram
 
@@ -201,7 +201,8 @@ class GradientProjectionMemory:
                 if projectors[name].is_idle:
                     continue
                 old, now = before[name], _parameters(layer.module)
-                moved = projectors[name](*(None if p is None else p - o for p, o in zip(now, old, strict=True)))
+                with full_float32(now[0]):
+                    moved = projectors[name](*(None if p is None else p - o for p, o in zip(now, old, strict=True)))
                 for parameter, start, step in zip(now, old, moved, strict=True):
                     if parameter is not None:
                         parameter.copy_(start + step)
@@ -226,7 +227,8 @@ class GradientProjectionMemory:
                 rows = torch.cat([rows, (bias - before[f"{name}.bias".lstrip(".")].to(bias))[:, None]], dim=1)
             for key, part in zip(layer.keys, rows.chunk(layer.groups), strict=True):
                 basis, length = self.bases[key], part.norm().item()
-                inside = (part @ basis.to(part.dtype)).norm().item()
+                with full_float32(part):
+                    inside = (part @ basis.to(part.dtype)).norm().item()
                 full = basis.shape[1] == basis.shape[0]
                 ratios[key] = None if full or length == 0 else inside / length
         return ratios

@@ -23,6 +23,27 @@ from gpm.errors import InputError
 from gpm.representation import Layer
 from gpm.subspace import orthogonal_complement
 
+
+@contextmanager
+def full_float32(tensor: Tensor) -> Iterator[None]:
+    """Within this context products on a GPU do not round to TF32, which would put 3e-4 of a gradient back into a basis.
+
+    Args:
+        tensor: whose device is meant.
+    """
+    if not tensor.is_cuda:
+        yield
+        return
+    flags = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(flags, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(flags, name)
+    setattr(flags, name, exact)
+    try:
+        yield
+    finally:
+        setattr(flags, name, before)
+
+
 Route = Literal["none", "zero", "subtract", "keep", "dense"]
 
 # One dense product beats two thin ones up to this size for few rows, and on a GPU, where starting a kernel costs more
@@ -154,7 +175,8 @@ class _GradientSide(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_weight: Tensor, grad_bias: Tensor | None):
-        return *ctx.project(grad_weight, grad_bias), None
+        with full_float32(grad_weight):
+            return *ctx.project(grad_weight, grad_bias), None
 
 
 class _InputSide(torch.autograd.Function):
@@ -179,7 +201,8 @@ class _InputSide(torch.autograd.Function):
         if ctx.has_bias:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         deltas = grad_output.reshape(-1, grad_output.shape[-1]).to(weight.dtype)  # (m, o)
-        grad = deltas.T @ ctx.project(rows)  # (o, d)
+        with full_float32(rows):
+            grad = deltas.T @ ctx.project(rows)  # (o, d)
         if ctx.has_bias:
             return grad_inputs, grad[:, :-1], grad[:, -1], None
         return grad_inputs, grad, None, None

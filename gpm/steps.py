@@ -131,15 +131,15 @@ class GraphSteps(EagerSteps):
 
     def replay(self, images: Tensor, labels: Tensor) -> Tensor:
         """A step, by the graph of its batch size; eagerly if no graph can be captured."""
-        if not self.captures:
-            return self.step(images, labels)
-        if len(images) not in self.graphs:
+        if self.captures and len(images) not in self.graphs:
             try:
                 self.graphs[len(images)] = self.capture(images, labels)
-            except RuntimeError as error:
-                warnings.warn(f"no CUDA graph ({str(error).splitlines()[0]}); training eagerly", stacklevel=2)
-                self.captures = False
-                return self.step(images, labels)
+            except RuntimeError as error:  # the end of a capture fails too, and hides what went wrong in it
+                reason = (str(error.__context__ or error).splitlines() or ["unknown reason"])[0]
+                warnings.warn(f"no CUDA graph ({reason}); training eagerly", stacklevel=2)
+                self.captures, self.graphs = False, {}
+        if not self.captures:  # outside the except clause, whose error would keep the failed attempt's tensors alive
+            return self.step(images, labels)
         graph, graph_images, graph_labels, loss = self.graphs[len(images)]
         graph_images.copy_(images)
         graph_labels.copy_(labels)

@@ -1,6 +1,7 @@
 """Gradients orthogonal to a basis: every way of computing them against G (I - M Mᵀ)."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from gpm import GradientProjectionMemory
-from gpm.projection import cheapest_route, layer_projector, orthogonal_projector, projected_gradients
+from gpm.projection import cheapest_route, full_float32, layer_projector, orthogonal_projector, projected_gradients
 from gpm.representation import find_layers
 from tests import reference
 
@@ -371,3 +372,25 @@ def test_protect_update_moves_weights_by_the_projected_step(network, memory):
         step, _ = project_by_reference(free.weight - old.weight, bias, [memory.bases[key] for key in layer.keys])
         assert_close(held.weight - old.weight, step, atol=1e-14, rtol=0)
     assert_close(network.head.weight, plain.head.weight)
+
+
+@pytest.mark.parametrize("before", ["none", "tf32", "ieee"])
+def test_products_on_a_gpu_are_full_float32_for_the_projection_alone(monkeypatch, before):
+    flags = SimpleNamespace(fp32_precision=before)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", flags)
+    for on_gpu, inside in ((True, "ieee"), (False, before)):
+        with pytest.raises(KeyError), full_float32(SimpleNamespace(is_cuda=on_gpu)):
+            assert flags.fp32_precision == inside
+            raise KeyError
+        assert flags.fp32_precision == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("batch", [16, 4096], ids=["input side", "gradient side"])
+def test_tf32_does_not_leak_into_the_basis(monkeypatch, batch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    layer = nn.Linear(1024, 512, bias=False).cuda()
+    basis = orthonormal(1024, 360).cuda()
+    with projected_gradients(layers := find_layers(nn.Sequential(layer)), dict.fromkeys(layers, basis)):
+        layer(torch.randn(batch, 1024, device="cuda")).square().sum().backward()
+    assert (layer.weight.grad.double() @ basis).norm() < 1e-5 * layer.weight.grad.norm()
