@@ -34,6 +34,8 @@ def parse(
 ) -> SomeOptions:
     """The options that a command line gives: one flag for each field, defaults and help from the dataclass.
 
+    Methods with a learning rate of their own have it unless --lr says another.
+
     Args:
         options: the dataclass.
         argv: the command line; None for this process's own.
@@ -50,9 +52,11 @@ def parse(
     for field in dataclasses.fields(options):
         add_flag(parser, field)
     parser.add_argument("--config", metavar="FILE", help="config.json of a run to repeat; further flags change it")
-    config = parser.parse_args(argv).config
-    if config is not None:
-        parser.set_defaults(**read_config(Path(config), options, parser))
+    first = parser.parse_args(argv)
+    if first.config is not None:
+        parser.set_defaults(**read_config(Path(first.config), options, parser))
+    elif (rate := METHODS[first.method].learning_rate) is not None:
+        parser.set_defaults(lr=rate)
     values = vars(parser.parse_args(argv))
     del values["config"]
     for field in dataclasses.fields(options):
@@ -107,7 +111,8 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else shown
     help = field.metadata["help"].replace("%", "%%")
     if default is not None and default is not False and default != {}:
-        help += f" (default: {shown})"
+        own = [f"{m.name} {m.learning_rate}" for m in METHODS.values() if m.learning_rate and field.name == "lr"]
+        help += f" (default: {'; '.join([str(shown), *own])})"
     if isinstance(default, bool):
         arguments["action"] = "store_true"
     elif field.name == "method":

@@ -154,6 +154,7 @@ def train_task(
     steps = make_steps(method, optimizer, t, task, options)
     while progress.epoch < options.n_epochs and not (plateau and schedule.finished):
         began, lr, epoch = time.perf_counter(), schedule.lr, progress.epoch
+        method.lr = lr
         order = seeded_order(method, t, epoch, task.train.labels)
         train_loss = steps.epoch(order, lr)
         measure = partial(evaluate, model, t, batch_size=options.batch_size_test)

@@ -11,6 +11,7 @@ import main_pmnist
 from dataloader import cifar100
 from gpm import InputError, load_run
 from gpm.checkpoint import load_checkpoint
+from gpm.cli import parse
 from gpm.experiment import Run, run
 from gpm.methods import METHODS, make_method
 from gpm.task import Split, join
@@ -259,4 +260,23 @@ def test_cifar100(tmp_path, quick, small_cifar100, name):
     options = tiny.options(tmp_path, method=name, n_tasks=2, n_epochs=1, batch_size_train=16, lr=0.01)
     summary = run(options, small_cifar100, AlexNet([10, 10]))
     assert all(math.isfinite(epoch["train_loss"]) for epoch in tiny.epochs(tmp_path))
-    assert 0 <= summary["average_accuracy"] <= 100
+    loaded = load_run(tiny.run_folder(tmp_path), AlexNet([10, 10]))
+    for t, task in enumerate(small_cifar100.tasks):
+        with loaded.method.testing(t):
+            assert evaluate(loaded.model, t, task.test, options.batch_size_test)[1] == summary["accuracy"][1][t]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("--method gpm", 0.01), ("--method ogd", 0.001), ("--method ogd --lr 0.01", 0.01), ("--config {} --lr 0.2", 0.2)],
+)
+def test_a_methods_own_learning_rate_unless_another_is_given(tmp_path, flags, expected):
+    config = tmp_path / "config.json"
+    config.write_text('{"hyperparameters": {"method": "ogd", "lr": 0.5}}')
+    assert parse(main_pmnist.Hyperparameters, flags.format(config).split(), "").lr == expected
+    assert parse(main_pmnist.Hyperparameters, ["--config", str(config)], "").lr == 0.5
+
+
+def test_an_alpha_that_rounding_swallows_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="^owm_alpha is 1e-30; beside the inputs' energy that is nothing, give more$"):
+        run(tiny.options(tmp_path, method="owm", owm_alpha=1e-30), tiny.benchmark(n_train=8), tiny.Network())

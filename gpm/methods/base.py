@@ -31,11 +31,12 @@ class Method:
     name: ClassVar[str]
     memory: GradientProjectionMemory | None = None
     projectors: Mapping[str, LayerProjector] = MappingProxyType({})  # by layer name, while learning
-    learning_rate: ClassVar[float | None] = None  # what sweeps give it where the scripts' own does not suit
+    learning_rate: ClassVar[float | None] = None  # what it starts tasks with where the scripts' own does not suit
     joint: ClassVar[bool] = False  # learns all tasks at once, joined into one (gpm.task.join), instead of in turn
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model, self.options = model, options
+        self.lr = options.lr  # of the epoch at hand
 
     @property
     def has_plain_step(self) -> bool:

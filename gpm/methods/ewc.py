@@ -29,8 +29,8 @@ class EWC(Method):
 
     A plain SGD step on the penalty overshoots where lr · λ · F > 2, which the stiffest weights reach at useful λ. So
     the penalty is stepped implicitly, as argmin_θ gᵀθ + λ/2 F (θ - θ*)² + |θ - θ_now|² / (2 lr) with the gradient g of
-    CE: both gradients are divided by 1 + lr λ F, lr being the rate that a task starts with. It stops at the same
-    point, is the plain step where lr · λ · F is small, and is stable for any λ.
+    CE: both gradients are divided by 1 + lr λ F. It stops at the same point, is the plain step where lr · λ · F is
+    small, and is stable for any λ.
 
     Hyperparameters: `ewc_lambda` (λ, 10). Code that squares the gradient of a batch's mean loss has a Fisher smaller by
     about the batch size, and so a larger λ: its usual 5000 at batches of 64 is about 80 here.
@@ -54,7 +54,7 @@ class EWC(Method):
             p = self.shared[name]
             if p.grad is not None:
                 stiffness = self.options.ewc_lambda * self.fisher[name]
-                p.grad.addcmul_(stiffness, p - self.center[name]).div_(1 + self.options.lr * stiffness)
+                p.grad.addcmul_(stiffness, p - self.center[name]).div_(1 + self.lr * stiffness)
 
     def after_task(self, t: int, task: Task) -> None:
         """Add the task's Fisher information; its weights are the ones to stay near."""

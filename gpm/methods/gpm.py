@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,9 @@ class GPM(Method):
     From the second task on each layer's gradient is projected orthogonally to its basis, G ← G - (G M) Mᵀ (Eqs. 6-7),
     and normalisation parameters are frozen. After each task the basis grows by the directions that hold the fraction
     ε of the energy of the layer's inputs (Eqs. 5, 8 and 9). Heads are not protected: each belongs to one task.
+
+    Hyperparameters: `threshold` (ε), `threshold_step` (added to ε with every task), `n_samples` and `samples` (the
+    images whose inputs are decomposed), the paper's for each benchmark in its script.
 
     Stores Σ d·k floats over the layers' bases.
     """
@@ -55,7 +58,7 @@ class GPM(Method):
         images, samples = self.representative(t, task.train)
         self.memory.update(lambda batch: self.model(batch, t), images, epsilon, samples)
 
-    def representative(self, t: int, train: Split) -> tuple[list[Tensor], dict[str, int]]:
+    def representative(self, t: int, train: Split) -> tuple[Iterable[Tensor], dict[str, int]]:
         """Batches of random training images, and how many of each every layer uses."""
         order = torch.randperm(len(train.labels), generator=generator(self.options.seed, "samples", t))
         order = order.to(train.images.device)
@@ -63,7 +66,7 @@ class GPM(Method):
             return [train.images[order[: self.options.n_samples]]], self.samples
         # Batches of the usual size, so that batch statistics mean the same as with few samples.
         size = next(field.default for field in dataclasses.fields(self.options) if field.name == "n_samples")
-        return [train.images[order[start:stop]] for start, stop in batches(len(order), size)], {}
+        return (train.images[order[start:stop]] for start, stop in batches(len(order), size)), {}
 
     def memory_floats(self) -> int:
         """Σ d·k."""

@@ -38,8 +38,8 @@ class HAT(Method):
     but the heads; which units feed which layer is found when the first task begins (gpm/methods/units.py). The
     embeddings become parameters of the model (`hat_embeddings`), and so part of its weights on disk.
 
-    Hyperparameters: `hat_smax` (s_max), `hat_sparsity` (c). The paper's learning rate is 0.05: give --lr
-    0.05, as sweeps do.
+    Hyperparameters: `hat_smax` (s_max, 400) and `hat_sparsity` (c, 0.75), the paper's for every benchmark; so is the
+    learning rate, 0.05 unless --lr says another.
 
     Stores the embeddings of all tasks and one cumulative gate for each unit.
     """

@@ -38,7 +38,7 @@ class OGD(Method):
     For single-head benchmarks only, as in the paper's comparison, and networks whose every parameter is a Linear's.
 
     Hyperparameters: `ogd_samples` (200 a task, the paper's number). Outputs stay to first order only, so steps must be
-    small: give the paper's --lr 0.001, as sweeps do.
+    small: the learning rate is the paper's 0.001 unless --lr says another.
 
     Stores `ogd_samples` · Σ (o + d) floats a task: 238,800 for permuted MNIST's network, where V would take 18 million.
     """

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpm.errors import InputError
 from gpm.memory import frozen, normalization_parameters
 from gpm.methods.base import Method, shared_layers, task_heads
 from gpm.options import Options
@@ -48,9 +49,17 @@ class OWM(Method):
         }
 
     def matrix(self, key: str) -> Tensor:
-        """P = α (α I + Σ x̄ x̄ᵀ)⁻¹."""
+        """P = α (α I + Σ x̄ x̄ᵀ)⁻¹.
+
+        Raises:
+            InputError: α is so small that rounding swallows it.
+        """
         gram, alpha = self.gram[key], self.options.owm_alpha
-        return alpha * torch.cholesky_inverse(torch.linalg.cholesky(gram + alpha * torch.eye(len(gram)).to(gram)))
+        try:
+            factor = torch.linalg.cholesky(gram + alpha * torch.eye(len(gram)).to(gram))
+        except torch.linalg.LinAlgError as error:
+            raise InputError(f"owm_alpha is {alpha:g}; beside the inputs' energy that is nothing, give more") from error
+        return alpha * torch.cholesky_inverse(factor)
 
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
