@@ -7,21 +7,20 @@ a shared file system: a run that begins anew on another machine then goes on fro
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gpm.errors import InputError
+from gpm.interrupts import ending_with_parent
 
 RETRIES = 5  # after a worker has died
+SHARE = 0.25  # of a GPU: one small network does not fill it
 POLL_SECONDS = 0.2
 STOP_SECONDS = 20  # a stopped run may take this long to save its state
-PR_SET_PDEATHSIG = 1
 
 
 class Cluster:
@@ -31,12 +30,12 @@ class Cluster:
         address: of its head node; "local" starts one on this machine's cores.
         root: the folder that holds the package, importable by every worker.
         cpus: of each run: threads.
-        gpus: of each run, perhaps a fraction; nothing is reserved at 0.
+        gpus: of each run, perhaps a fraction; None for SHARE of one where the cluster has any.
     Raises:
         InputError: Ray is not installed, or the cluster cannot be reached or has not what one run needs.
     """
 
-    def __init__(self, address: str, root: Path, cpus: int, gpus: float) -> None:
+    def __init__(self, address: str, root: Path, cpus: int, gpus: float | None) -> None:
         try:
             import ray
         except ImportError as error:
@@ -47,8 +46,10 @@ class Cluster:
             ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise InputError(f"no Ray cluster at {address!r}: {' '.join(str(error).split())[:200]}") from error
-        self.resources = {"num_cpus": cpus, "num_gpus": gpus}
         have = ray.cluster_resources()
+        if gpus is None:
+            gpus = SHARE if have.get("GPU") else 0
+        self.resources = {"num_cpus": cpus, "num_gpus": gpus}
         rooms = [have.get("CPU", 0) // cpus] + ([have.get("GPU", 0) // gpus] if gpus else [])
         self.n_at_once = int(min(rooms))
         if self.n_at_once < 1:
@@ -113,7 +114,7 @@ def execute(command: Sequence[str], log: str, environment: Mapping[str, str], fo
             stderr=file,
             cwd=folder,
             env={**os.environ, **environment},
-            preexec_fn=end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=ending_with_parent(signal.SIGKILL),  # it must not hold the run's folder against a retry
         )
         try:
             while process.poll() is None:  # Ray's cancelling cannot break into a wait
@@ -126,8 +127,3 @@ def execute(command: Sequence[str], log: str, environment: Mapping[str, str], fo
                 process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def end_with_parent() -> None:
-    """Have the kernel kill this process when its worker dies: it must not hold the run's folder against a retry."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from gpm.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PR_SET_PDEATHSIG = 1
 _depth = 0  # nested `deferred` blocks
 _received: int | None = None
 
@@ -50,3 +53,8 @@ def deferred() -> Iterator[None]:
     if not _depth and _received is not None:
         number, _received = _received, None
         raise Stopped(number)
+
+
+def ending_with_parent(number: int) -> Callable[[], None] | None:
+    """A subprocess's `preexec_fn` by which it gets a signal when its parent dies, however that happens (Linux only)."""
+    return (lambda: ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)) if sys.platform == "linux" else None

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from gpm import summaries, tables
 from gpm.cluster import Cluster, RemoteProcess
 from gpm.errors import InputError
+from gpm.interrupts import ending_with_parent
 
 # What the scripts print, where it is not a terminal.
 EPOCH = re.compile(r"task (\d+)/(\d+) epoch (\d+)/(\d+): (.*)")
@@ -131,7 +132,12 @@ def start(job: Job, environment: dict[str, str], running: Sequence[Running], clu
             else:  # in this process's group, so that Ctrl-C reaches it too
                 everything = {**os.environ, **environment}
                 process = subprocess.Popen(
-                    job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=everything, cwd=Path.cwd()
+                    job.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=everything,
+                    preexec_fn=ending_with_parent(signal.SIGTERM),  # or it would hold its folder against a repetition
                 )
     except OSError as error:
         raise InputError(f"cannot write {job.log}: {error.strerror or error}; choose another --output_dir") from error

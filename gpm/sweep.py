@@ -43,7 +43,7 @@ EMBEDDED_METHODS = ("gpm", "naive")
 
 # What `run_experiments.sh paper` runs, with every script's own defaults: the paper's.
 PAPER = dict.fromkeys(("pmnist", "cifar100", "cifar100_superclass", "five_datasets"), ("gpm", "naive"))
-# `--table N`: the paper's tables. HAT needs a head for each task, OGD one for all and a network of Linear layers.
+# `--table N`: the paper's tables.
 TABLES = {
     1: {
         "cifar100": ("multitask", "owm", "ewc", "hat", "a_gem", "er", "gpm"),
@@ -53,6 +53,13 @@ TABLES = {
     2: {"cifar100_superclass": ("single", "gpm")},
 }
 TABLE_SEEDS = (1, 2, 3, 4, 5)
+
+
+def misfit(benchmark: str, method: str) -> str | None:
+    """Why a method cannot run on a benchmark; None if it can."""
+    if benchmark == "pmnist":
+        return "needs a head for each task" if method == "hat" else None
+    return "is for a single head and Linear layers" if method == "ogd" else None
 
 
 def make_jobs(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Job]:
@@ -73,16 +80,17 @@ def make_jobs(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Job]:
         plan = dict.fromkeys(plan, tuple(args.methods))
     elif args.sweep:
         plan = dict.fromkeys(plan, ("gpm",))
+    left_out = [(name, method) for name, methods in plan.items() for method in methods if misfit(name, method)]
+    for name, method in left_out:
+        print(f"left out: {name} {method}, which {misfit(name, method)}")
+    plan = {name: [m for m in methods if (name, m) not in left_out] for name, methods in plan.items()}
     seeds = args.seeds or (TABLE_SEEDS if args.table else (None,))  # None: the script's own
     values = args.sweep[1] if args.sweep else (None,)
-    chosen = {*names_of(passed_on), args.sweep and args.sweep[0]}
     jobs = []
     for seed in seeds:
         for benchmark, methods in plan.items():
             for method, value in itertools.product(methods, values):
                 flags = ["--data", "embedded", *shlex.split(EMBEDDED[benchmark])] if embedded else []
-                rate = METHODS[method].learning_rate
-                flags += [] if rate is None or embedded or "lr" in chosen else ["--lr", str(rate)]
                 flags += ["--method", method, "--output_dir", str(args.output_dir), *passed_on]
                 flags += [] if seed is None else ["--seed", str(seed)]
                 flags += [] if value is None else [f"--{args.sweep[0]}", *value.split()]
@@ -148,7 +156,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         help="run on the Ray cluster at this address (auto: the one this machine belongs to; local, or no address: one "
         "started here); every machine sees the same files. pip install -e '.[cluster]'",
     )
-    add("--gpus_per_run", type=float, metavar="N", help="with --ray: GPUs reserved for a run, 0.25 say (default: 0)")
+    add("--gpus_per_run", type=float, metavar="N", help="with --ray: GPUs of a run (default: 0.25 if it has any)")
     add("--output_dir", type=Path, default=Path("runs"), help="folder that gets everything (default: runs)")
     # Not an argparse positional: those swallow the values of flags that are passed on.
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -175,6 +183,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         parser.error("--data is what the first word says: embedded, or paper")
     if args.jobs is not None and args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}; it must be positive")
+    if args.figures and args.figures.exists() and not args.figures.is_dir():
+        parser.error(f"--figures {args.figures} is a file; it must be a folder")
     if args.seeds and len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds {' '.join(map(str, args.seeds))}: each once")
     return args, passed_on
@@ -200,7 +210,7 @@ def finish(outcome: Outcome, folder: Path, against: str | None) -> None:
         return
     runs, problems = summaries.find_runs(outcome.folders)
     rows = comparison.summarise(runs)
-    print(f"\n{tables.as_text(rows, problems)}")
+    print(f"\n{tables.as_text(rows, problems, validation=bool(against))}")
     if against and len(rows) < 2:
         against = None  # the other values failed
     pictures = [path for path in figures.draw(rows, folder, against) if path.suffix == ".png"]
@@ -214,12 +224,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, passed_on = parse(argv)
         jobs = make_jobs(args, passed_on)
+        if not jobs:
+            raise InputError("that leaves nothing to run; choose other --methods or benchmarks (--only)")
         n_at_once = args.jobs or usual_jobs(len(jobs))
         threads = wanted_threads() or max(1, available_cores() // n_at_once)
         cluster = None
         if args.ray:
             threads = wanted_threads() or 1
-            cluster = Cluster(args.ray, ROOT, threads, args.gpus_per_run or 0)
+            cluster = Cluster(args.ray, ROOT, threads, args.gpus_per_run)
             n_at_once = args.jobs or cluster.n_at_once
         print(f"{len(jobs)} runs, {n_at_once} at a time, {threads} CPU thread(s) each")
         try:

@@ -9,8 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from gpm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,6 +68,14 @@ def test_a_run_whose_worker_is_killed_is_tried_again(tmp_path):
     assert "folders ['killed', 'other', 'third'] failed []" in said, said + errors
     assert (tmp_path / "killed/tries").read_text() == "two"
     assert (tmp_path / "other/tries").read_text() == "one"
+
+
+@pytest.mark.parametrize(("have", "asked", "n_at_once"), [(0, None, 16), (2, None, 8), (2, 1, 2), (2, 0, 16)])
+def test_small_runs_share_a_gpu(monkeypatch, have, asked, n_at_once):
+    resources = {"CPU": 16, "GPU": have}
+    ray = SimpleNamespace(init=lambda **_: None, cluster_resources=lambda: resources)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert Cluster("auto", ROOT, 1, asked).n_at_once == n_at_once
 
 
 def test_ray_that_is_not_there_is_one_line(tmp_path):

@@ -71,16 +71,14 @@ def test_a_table_is_methods_by_benchmarks_by_seeds():
     assert len(commands("paper", "--table", "1", "--methods", "gpm", "naive")) == 3 * 2 * 5
 
 
-def test_methods_run_at_the_learning_rate_that_suits_them():
-    def rates(*argv: str) -> set[tuple[str, ...]]:
-        found = [command for command in commands(*argv) if "hat" in command]
-        return {command[command.index("--lr") + 1 :][:1] if "--lr" in command else () for command in found}
-
-    assert rates("paper", "--table", "1", "--only", "cifar100") == {("0.05",)}
-    assert rates("paper", "--methods", "hat", "--only", "cifar100", "--sweep", "lr=0.1,0.2") == {("0.1",), ("0.2",)}
-    assert not any("--lr" in command for command in commands("paper", "--methods", "gpm", "ewc"))
-    (command,) = commands("paper", "--methods", "hat", "--only", "cifar100", "--lr", "0.02")
-    assert command.count("--lr") == 1
+def test_methods_that_do_not_fit_a_benchmark_are_left_out(capsys):
+    found = commands("paper", "--methods", "hat", "ogd", "gpm")
+    assert len(found) == 2 * len(sweep.PAPER)
+    assert not any("hat" in command and "main_pmnist" in command[0] for command in found)
+    assert {command[0] for command in found if "ogd" in command} == {str(ROOT / "main_pmnist.py")}
+    assert "left out: pmnist hat, which needs a head for each task\n" in capsys.readouterr().out
+    assert sweep.main(["paper", "--only", "pmnist", "--methods", "hat"]) == 2
+    assert "leaves nothing to run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -125,6 +123,7 @@ def test_a_sweep_runs_gpm_at_each_value():
         ["--sweep", "threshold=0.9,"],
         ["--sweep", "threshold=0.9,0.99", "--threshold", "0.95"],
         ["paper", "--method=naive"],
+        ["--figures", __file__],
         ["paper", "--seed=3"],
         ["paper", "--run_folder", "here"],
         ["paper", "--only", "pmnist", "--sweep", "method=gpm,ewc"],
@@ -173,7 +172,7 @@ def test_no_more_than_n_at_once(tmp_path):
     assert over[0] <= began[1] and over[1] <= began[2]
 
 
-@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_signal_stops_every_run(tmp_path, signal_number, code):
     program = f"""
 import signal, sys
@@ -198,8 +197,10 @@ sys.exit(sweep.main(["--jobs", "2"]))
     finally:
         process.kill()
         process.wait()
-    listing = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert f"{tmp_path}/a" not in listing
+    deadline = time.monotonic() + 10
+    while f"{tmp_path}/a" in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout:
+        assert time.monotonic() < deadline, "a run outlived its sweep"
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
@@ -214,6 +215,12 @@ def test_two_runs_end_with_one_table_and_pictures(tmp_path):
         pictures = [Path(line.strip()) for line in done.stdout.splitlines() if line.endswith(".png")]
         assert len(pictures) >= 6 and all(path.exists() for path in pictures)
     assert done.stdout.count("finished before") == 2
+    alone = ["--data", "embedded", *flags[:-1], str(tmp_path / "alone"), "--quiet"]
+    subprocess.run([sys.executable, "main_pmnist.py", *alone], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    (single,), (swept,) = (
+        (tmp_path / name).glob("pmnist/gpm/*/*/accuracy.csv") for name in ("alone/embedded", "embedded")
+    )
+    assert single.read_text() == swept.read_text()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
