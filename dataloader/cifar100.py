@@ -55,11 +55,12 @@ def load(
 
     def build(t: int) -> Task:
         classes = class_order[t * CLASSES_PER_TASK : (t + 1) * CLASSES_PER_TASK]
+        listed = f"{classes[0]} to {classes[-1]}" if class_order_seed is None else ", ".join(map(str, classes))
         return class_task(
             opened.sets["cifar100"],
             classes,
             lambda images: normalise(images, MEAN, STD),
-            name=f"classes {t * CLASSES_PER_TASK} to {(t + 1) * CLASSES_PER_TASK - 1}",
+            name=f"classes {listed}",
             pc_valid=pc_valid,
             generator=task_generator(seed, t, VALIDATION),
             n_train=n_train,

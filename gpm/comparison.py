@@ -22,6 +22,7 @@ class Row:
     runs: list[Run]
     accuracy: Estimate
     backward_transfer: Estimate | None
+    valid_accuracy: Estimate | None  # over all tasks after the last one: what hyperparameters are chosen by
     seconds: float
     hardware: str
     published: Published | None = None
@@ -64,6 +65,7 @@ def _row(key: tuple, found: list[Run]) -> Row:
             remarks.append(f"seed {run.summary['seed']} is there twice with different numbers; left out: {run.path}")
     runs = list(by_seed.values())
     transfers = [run.summary["backward_transfer"] for run in runs]
+    validation = [_validation(run) for run in runs]
     row = Row(
         benchmark=benchmark,
         data=data,
@@ -72,6 +74,7 @@ def _row(key: tuple, found: list[Run]) -> Row:
         runs=runs,
         accuracy=estimate([run.summary["average_accuracy"] for run in runs]),
         backward_transfer=None if None in transfers else estimate(transfers),
+        valid_accuracy=None if None in validation else estimate(validation),
         seconds=statistics.fmean(run.summary["seconds"]["total"] for run in runs),
         hardware="; ".join(dict.fromkeys(tidy_hardware(run.summary["device"]) for run in runs)),
         published=PUBLISHED.get((benchmark, method)) if data == "real" else None,
@@ -93,6 +96,12 @@ def _row(key: tuple, found: list[Run]) -> Row:
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and sample standard deviation (over n - 1)."""
     return Estimate(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def _validation(run: Run) -> float | None:
+    """The mean validation accuracy over all tasks after the last one; None where some tasks have no such images."""
+    last = (run.summary.get("valid_accuracy") or [[None]])[-1]
+    return None if None in last else statistics.fmean(last)
 
 
 def _same_images(runs: Sequence[Run]) -> bool:

@@ -47,10 +47,14 @@ def run(options: Options, benchmark: Benchmark, model: nn.Module) -> dict[str, A
     """
     check(options)
     folder = run_folder(options, benchmark.name, benchmark.data)
-    with stoppable():
-        state = Run(options, benchmark, model, folder)  # before the folder is made: what is refused leaves nothing
-        with hold(folder):
-            return state.go()
+    threads = torch.get_num_threads()
+    try:
+        with stoppable():
+            state = Run(options, benchmark, model, folder)  # before the folder is made: what is refused leaves nothing
+            with hold(folder):
+                return state.go()
+    finally:
+        torch.set_num_threads(threads)  # small networks take one
 
 
 class Run:

@@ -127,9 +127,12 @@ def _seeds(shown: dict[str, Row]) -> str:
 
 
 def _kind(row: Row) -> str:
-    """The variant that a row is drawn with: a method at the rate that suits it stands among the others' defaults."""
-    rate = METHODS[row.method].learning_rate if row.method in METHODS else None
-    return "default" if row.variant == f"lr={rate}" else row.variant
+    """The variant that a row is drawn with: a method with a learning rate of its own has that by default."""
+    rate, used = METHODS[row.method].learning_rate if row.method in METHODS else None, _value(row, "lr")
+    if rate is None or used is None:
+        return row.variant
+    others = _others(row, "lr")
+    return others or "default" if used == rate else ",".join(filter(None, (others, f"lr={used}")))
 
 
 def _grouped(rows: Sequence[Row], key: Callable[[Row], tuple]) -> list[list[Row]]:

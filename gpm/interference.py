@@ -38,9 +38,11 @@ def interference(
     found: dict[str, dict[str, Any]] = {}
 
     def compare(layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             apply = F.linear if isinstance(module, nn.Linear) else module._conv_forward
-            moved, usual = apply(args[0], *change[layer.name]).double(), output.double().square().mean().sqrt()
+            moved = apply(args[0], *change[layer.name]).double()
+            # Not the module's output: a method may have a hook that changes that, as HAT's gates do.
+            usual = apply(args[0], module.weight, module.bias).double().square().mean().sqrt()
             relative = (moved / usual).nan_to_num(nan=0.0).clamp(EDGES[0], EDGES[-1])
             found[layer.name] = {
                 "ratio": float((moved.square().mean().sqrt() / usual).nan_to_num(nan=0.0)),
@@ -52,7 +54,7 @@ def interference(
     try:
         with ExitStack() as hooks:
             for layer in layers.values():
-                hooks.enter_context(layer.module.register_forward_hook(compare(layer)))
+                hooks.enter_context(layer.module.register_forward_pre_hook(compare(layer)))
             model.load_state_dict(before)
             model.eval()
             forward()

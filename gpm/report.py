@@ -77,16 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("paths", nargs="+", type=Path, help="run folders, or folders that hold them at any depth")
     parser.add_argument("--format", choices=tuple(FORMATS), default="text", help="of the table (default: text)")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the pictures into this folder")
-    parser.add_argument("--against", metavar="NAME", help="with --plots: also ACC and BWT over this hyperparameter")
+    parser.add_argument(
+        "--against", metavar="NAME", help="show the validation accuracy; with --plots, ACC and BWT over it too"
+    )
     parser.add_argument("--collect", type=Path, metavar="DIR", help="copy the finished summaries into this folder")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="put the table between this file's markers")
     args = parser.parse_args(argv)
-    if args.against and not args.plots:
-        parser.error("--against goes with --plots")
     try:
         runs, problems = find_runs(args.paths)
         rows = summarise(runs)
-        print(FORMATS[args.format](rows, problems), end="")
+        print(FORMATS[args.format](rows, problems, validation=bool(args.against) or args.format == "csv"), end="")
         said = []
         if args.plots:
             from gpm.figures import draw  # Matplotlib takes a second to import, which a table need not wait for

@@ -12,6 +12,7 @@ from gpm.published import BENCHMARKS, METHODS, Estimate
 from gpm.summaries import Problem
 
 NOTHING = "–"
+VALIDATION = "validation %"
 
 
 def spread(estimate: Estimate | None, form: str) -> str:
@@ -63,6 +64,7 @@ def cells(row: Row, marks: str) -> dict[str, str]:
         "data": row.data,
         "variant": row.variant,
         "method": METHODS.get(row.method, row.method),
+        VALIDATION: spread(row.valid_accuracy, ".2f"),
         "ACC %": spread(row.accuracy, ".2f"),
         "BWT": spread(row.backward_transfer, "+.2f"),
         "paper ACC": spread(paper.accuracy, ".2f") if paper else NOTHING,
@@ -74,8 +76,13 @@ def cells(row: Row, marks: str) -> dict[str, str]:
     }
 
 
-def table(rows: Sequence[Row]) -> tuple[list[dict[str, str]], list[str]]:
-    """Rows of cells, and the lines that belong under them. What is the same in every row is said once, below."""
+def table(rows: Sequence[Row], validation: bool = False) -> tuple[list[dict[str, str]], list[str]]:
+    """Rows of cells, and the lines that belong under them. What is the same in every row is said once, below.
+
+    Args:
+        rows: the runs, summed up.
+        validation: with the validation accuracy, for a search over hyperparameters.
+    """
     numbered = list(dict.fromkeys(note for row in rows for note in row.notes))
     body = []
     for row in rows:
@@ -84,6 +91,7 @@ def table(rows: Sequence[Row]) -> tuple[list[dict[str, str]], list[str]]:
     notes = [f"[{i}] {note}" for i, note in enumerate(numbered, 1)]
     compared = any(row.published for row in rows)
     dropped = [] if compared else ["paper ACC", "paper BWT", "reproduced"]
+    dropped += [] if validation else [VALIDATION]
     for heading in ("data", "hardware"):
         if len({line[heading] for line in body}) == 1:
             notes.append(f"{heading.capitalize()}: {body[0][heading]}.")
@@ -96,14 +104,14 @@ def table(rows: Sequence[Row]) -> tuple[list[dict[str, str]], list[str]]:
     return body, notes
 
 
-def as_text(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
+def as_text(rows: Sequence[Row], problems: Sequence[Problem], validation: bool = False) -> str:
     """Aligned columns."""
-    body, notes = table(rows)
+    body, notes = table(rows, validation)
     lines = []
     if body:
         headings = list(body[0])
         width = {h: max(len(h), *(len(line[h]) for line in body)) for h in headings}
-        right = {"ACC %", "BWT", "paper ACC", "paper BWT", "seeds", "time a run"}
+        right = {VALIDATION, "ACC %", "BWT", "paper ACC", "paper BWT", "seeds", "time a run"}
 
         def joined(line: dict[str, str]) -> str:
             return "  ".join(line[h].rjust(width[h]) if h in right else line[h].ljust(width[h]) for h in headings)
@@ -112,9 +120,9 @@ def as_text(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
     return _paragraphs([line.rstrip() for line in lines], notes, _problem_lines(problems))
 
 
-def as_markdown(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
+def as_markdown(rows: Sequence[Row], problems: Sequence[Problem], validation: bool = False) -> str:
     """A table with the command of each row."""
-    body, notes = table(rows)
+    body, notes = table(rows, validation)
     for row, line in zip(rows, body, strict=True):
         line["command"] = f"`{command(row)}`"
     lines = []
@@ -126,9 +134,9 @@ def as_markdown(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
     return _paragraphs(lines, [f"{note}  " for note in notes], [f"- {line}" for line in _problem_lines(problems)])
 
 
-def as_latex(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
+def as_latex(rows: Sequence[Row], problems: Sequence[Problem], validation: bool = False) -> str:
     """A tabular for the booktabs package, with its notes below; runs without numbers are comments."""
-    body, notes = table(rows)
+    body, notes = table(rows, validation)
     lines = []
     if body:
         headings = list(body[0])
@@ -148,7 +156,7 @@ def _latex(text: str) -> str:
     return f"${text[0]}$" + text[1:] if text[:1] in ("-", "+") and text[1:2].isdigit() else text
 
 
-def as_csv(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
+def as_csv(rows: Sequence[Row], problems: Sequence[Problem], validation: bool = True) -> str:
     """Every number, unrounded; unfinished and damaged runs are rows without numbers."""
 
     def numbers(estimate: Estimate | None, name: str) -> dict[str, Any]:
@@ -162,6 +170,7 @@ def as_csv(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
             | {"benchmark": row.benchmark, "data": row.data, "variant": row.variant, "method": row.method}
             | numbers(row.accuracy, "average_accuracy")
             | numbers(row.backward_transfer, "backward_transfer")
+            | (numbers(row.valid_accuracy, "valid_accuracy") if validation else {})
             | {"n": len(row.runs), "seeds": " ".join(map(str, row.seeds)), "seconds": row.seconds}
             | {"hardware": row.hardware}
             | numbers(row.published and row.published.accuracy, "paper_average_accuracy")

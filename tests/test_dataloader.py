@@ -138,6 +138,7 @@ def test_cifar100_labels_and_class_order(data_dir):
         fine = {int(label): fine_of[image.numpy().tobytes()]
                 for image, label in zip(task.test.images, task.test.labels, strict=True)}  # fmt: skip
         seen += [fine[label] for label in range(10)]
+        assert task.name == f"classes {', '.join(map(str, seen[-10:]))}"
     assert sorted(seen) == list(range(100)) and seen != list(range(100))
 
 

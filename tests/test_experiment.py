@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from gpm import InputError, hardware
+from gpm import InputError, hardware, training
 from gpm.experiment import run
+from gpm.methods.gpm import GPM
 from gpm.metrics import average_accuracy, backward_transfer
 from gpm.options import Options
 from tests import tiny
@@ -217,6 +218,41 @@ def test_all_training_images_may_be_samples(tmp_path):
     options = tiny.options(tmp_path, n_samples="all", n_epochs=1, n_tasks=2)
     summary = run(options, tiny.benchmark(2, n_train=126), tiny.Network())
     assert summary["memory_columns"]["fc1"][-1] > 0
+
+
+def test_all_samples_are_all_training_images_once(tmp_path):
+    method = GPM(tiny.Network(), tiny.options(tmp_path, n_samples="all"))
+    train = tiny.task(0, n_train=126 * 3).train
+    images, _ = method.representative(0, train)
+    assert sorted(map(tuple, torch.cat(list(images)).tolist())) == sorted(map(tuple, train.images.tolist()))
+
+
+@pytest.mark.parametrize("eval_train", [False, True])
+def test_training_images_are_evaluated_only_on_request(tmp_path, monkeypatch, eval_train):
+    evaluated, evaluate = [], training.evaluate
+
+    def counted(model, t, split, batch_size):
+        evaluated.append(len(split.labels))
+        return evaluate(model, t, split, batch_size)
+
+    monkeypatch.setattr(training, "evaluate", counted)
+    run(tiny.options(tmp_path, eval_train=eval_train), tiny.benchmark(), tiny.Network())
+    assert {epoch["train_accuracy"] is not None for epoch in tiny.epochs(tmp_path)} == {eval_train}
+    assert set(evaluated) == ({9, 30} if eval_train else {9})
+
+
+def test_a_small_network_takes_one_thread_for_the_length_of_its_run(tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    used = []
+    order = training.seeded_order
+    monkeypatch.setattr(training, "seeded_order", lambda *args: used.append(torch.get_num_threads()) or order(*args))
+    torch.set_num_threads(2)
+    try:
+        run(tiny.options(tmp_path, n_tasks=1), tiny.benchmark(1), tiny.Network())
+        assert set(used) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("device", "current"), [("cuda:1", [torch.device("cuda:1")]), ("cuda", [])])

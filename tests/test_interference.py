@@ -53,6 +53,13 @@ def test_a_convolution_that_did_not_move_does_not_interfere():
     assert found["2"]["ratio"] == pytest.approx(0.5, rel=1e-5)  # ΔW = W / 2, so ΔW x = W x / 2
 
 
+def test_hooks_on_the_outputs_change_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5))
+    model[0].register_forward_hook(lambda module, args, output: 0.1 * output)  # as a gate
+    assert moved(model, torch.randn(6, 4), lambda name, p: 0.5 * p)["0"]["ratio"] == pytest.approx(0.5, rel=1e-5)
+
+
 def run_tiny(folder, **changes):
     return run(tiny.options(folder, **changes), tiny.benchmark(), tiny.Network())
 

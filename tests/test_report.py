@@ -338,6 +338,31 @@ def test_images_that_are_not_known_to_be_the_published_ones_are_named(tmp_path, 
     assert (row.verdict == "not comparable: data, see note") == (verified is False)
 
 
+def test_a_method_at_its_own_learning_rate_stands_among_the_others(tmp_path):
+    plan = [
+        ("gpm", "n_epochs=5", 0.01),
+        ("hat", "n_epochs=5,lr=0.05", 0.05),
+        ("hat", "n_epochs=5", 0.01),
+        ("hat", "lr=0.05", 0.05),
+    ]
+    for i, (method, variant, lr) in enumerate(plan):
+        write(tmp_path / str(i), method=method, variant=variant, hyperparameters={"lr": lr})
+    kinds = {(row.method, row.variant): figures._kind(row) for row in rows_of(tmp_path)}
+    assert [kinds[method, variant] for method, variant, _ in plan] == [
+        "n_epochs=5",
+        "n_epochs=5",
+        "n_epochs=5,lr=0.01",
+        "default",
+    ]
+
+
+def test_a_search_shows_the_validation_accuracy(tmp_path, capsys):
+    write(tmp_path / "x", valid_accuracy=[[91.0, None], [82.0, 81.0]])
+    for flags, shown in (["--against", "lr"], True), ([], False), (["--format", "csv"], True):
+        assert report.main([str(tmp_path), *flags]) == 0
+        assert ("81.5" in capsys.readouterr().out) == shown
+
+
 def test_find_runs_takes_single_files_and_folders(tmp_path):
     folder = write(tmp_path / "x/y/seed-1")
     for path in (folder, folder / "summary.json", tmp_path):
