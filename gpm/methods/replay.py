@@ -80,7 +80,8 @@ class Replay(Method):
 
     A task's training images pass through the reservoir once, at its end, so that the memory holds images of earlier
     tasks only, each at most once, however many epochs they were seen. `memory_images` is its size, by default so that
-    it holds as many floats as the largest possible GPM: Σ d² over the protected layers.
+    it holds as many floats as the largest possible GPM, Σ d² over the protected layers: 810 images for permuted MNIST,
+    1,901 for 10-split CIFAR-100, 3,625 for its superclasses, 2,924 for 5-datasets.
 
     Where the network normalises by the statistics of the batch, a replayed batch is of one task (a task's chance is its
     share of the memory), since a test batch is of one task too; otherwise it mixes tasks.
