@@ -31,7 +31,7 @@ print("folders", sorted(path.name for path in outcome.folders), "failed", [job.n
 
 def worker_of(folder: Path) -> int:
     """The process that started the run in a folder."""
-    listing = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(["ps", "-eww", "-o", "ppid,args"], capture_output=True, text=True, check=True).stdout
     (parent,) = [line.split()[0] for line in listing.splitlines() if f"main_pmnist.py --run_folder {folder} " in line]
     return int(parent)
 
@@ -41,7 +41,7 @@ def test_a_run_whose_worker_is_killed_goes_on_from_its_checkpoint(tmp_path):
     pytest.importorskip("ray")
 
     def command(name: str) -> list[str]:
-        flags = "--data embedded --n_tasks 3 --n_train 100 --n_epochs 12 --device cpu --step eager".split()
+        flags = "--data embedded --n_tasks 3 --n_train 50 --n_epochs 8 --device cpu --step eager".split()
         return [sys.executable, "-u", "main_pmnist.py", "--run_folder", str(tmp_path / name), *flags]
 
     driver = subprocess.Popen(

@@ -198,7 +198,10 @@ sys.exit(sweep.main(["--jobs", "2"]))
         process.kill()
         process.wait()
     deadline = time.monotonic() + 10
-    while f"{tmp_path}/a" in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout:
+    while (
+        f"{tmp_path}/a"
+        in subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    ):
         assert time.monotonic() < deadline, "a run outlived its sweep"
         time.sleep(0.1)
 
