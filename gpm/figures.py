@@ -63,7 +63,7 @@ def draw_comparison(rows: Sequence[Row], save: Save) -> None:
     save(plots.accuracy_over_time(matrices, with_seeds), f"{stem}-accuracy_over_time")
     scores = {name: (row.accuracy, row.backward_transfer) for name, row in shown.items()}
     save(plots.bars(scores, ("ACC, %", "BWT, points"), with_seeds, signed=(False, True)), f"{stem}-methods")
-    draw_costs(shown, with_seeds, stem, save)
+    draw_costs(shown, title, stem, save)
     labels = {name: NAMES.get(name, name) for name in shown}
     colors = {label: plots.style(name, i)[0] for i, (name, label) in enumerate(labels.items())}
     draw_interference({labels[name]: row for name, row in shown.items()}, colors, title, stem, save)
@@ -94,7 +94,8 @@ def draw_costs(shown: dict[str, Row], title: str, stem: str, save: Save) -> None
         )
         for name, row in shown.items()
     }
-    save(plots.bars(costs, ("memory, % of the largest GPM", "seconds an epoch"), title), f"{stem}-costs")
+    headings = ("memory, % of the largest GPM", "seconds an epoch")
+    save(plots.bars(costs, headings, f"{title}\n{_seeds(shown)}"), f"{stem}-costs")
 
 
 def draw_interference(shown: dict[str, Row], colors: dict[str, Any], title: str, stem: str, save: Save) -> None:

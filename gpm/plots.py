@@ -267,7 +267,7 @@ def interference_histograms(
             axes.text(
                 0.93,
                 0.95 - 0.1 * index,
-                f"{100 * ratio:.2g} %",
+                f"{100 * ratio:{'.2g' if ratio < 0.1 else '.0f'}} %",
                 color=color,
                 fontsize=TICK - 1.5,
                 ha="right",
