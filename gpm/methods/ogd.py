@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gpm.errors import InputError
 from gpm.methods.base import Method
 from gpm.options import Options
+from gpm.projection import full_float32
 from gpm.representation import Layer, find_layers, input_columns
 from gpm.seeds import generator
 from gpm.task import Task
@@ -65,6 +66,11 @@ class OGD(Method):
         """Project the gradient."""
         if self.inverse is None:
             return
+        with full_float32(self.inverse):
+            self.project()
+
+    def project(self) -> None:
+        """g ← g - V (Vᵀ V)⁺ Vᵀ g."""
         gradients = {name: _rows(layer) for name, layer in self.layers.items() if layer.module.weight.grad is not None}
         products = sum(
             ((self.factors[name].inputs @ G.T) * self.factors[name].deltas).sum(1) for name, G in gradients.items()
