@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from gpm.metrics import average_accuracy
 from gpm.published import BENCHMARKS, METHODS, PUBLISHED, Estimate, Published, reproduced
 from gpm.summaries import Run
 
@@ -100,8 +101,8 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 def _validation(run: Run) -> float | None:
     """The mean validation accuracy over all tasks after the last one; None where some tasks have no such images."""
-    last = (run.summary.get("valid_accuracy") or [[None]])[-1]
-    return None if None in last else statistics.fmean(last)
+    accuracy = run.summary.get("valid_accuracy") or [[None]]
+    return None if None in accuracy[-1] else average_accuracy(accuracy)
 
 
 def _same_images(runs: Sequence[Run]) -> bool:

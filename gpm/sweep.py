@@ -80,10 +80,11 @@ def make_jobs(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Job]:
         plan = dict.fromkeys(plan, tuple(args.methods))
     elif args.sweep:
         plan = dict.fromkeys(plan, ("gpm",))
-    left_out = [(name, method) for name, methods in plan.items() for method in methods if misfit(name, method)]
-    for name, method in left_out:
-        print(f"left out: {name} {method}, which {misfit(name, method)}")
-    plan = {name: [m for m in methods if (name, m) not in left_out] for name, methods in plan.items()}
+    for name, methods in plan.items():
+        for method in methods:
+            if reason := misfit(name, method):
+                print(f"left out: {name} {method}, which {reason}")
+    plan = {name: [method for method in methods if not misfit(name, method)] for name, methods in plan.items()}
     seeds = args.seeds or (TABLE_SEEDS if args.table else (None,))  # None: the script's own
     values = args.sweep[1] if args.sweep else (None,)
     jobs = []
@@ -171,7 +172,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         parser.error("--table goes with paper: run_experiments.sh paper --table 1")
     if args.gpus_per_run is not None and (not args.ray or not args.gpus_per_run >= 0):
         parser.error(f"--gpus_per_run is {args.gpus_per_run:g}; it goes with --ray and must not be negative")
-    given = names_of(passed_on)
+    given = {argument.partition("=")[0].removeprefix("--") for argument in passed_on if argument.startswith("--")}
     swept = args.sweep[0] if args.sweep else None
     if swept in given:
         parser.error(f"--{swept} is given and swept; give one")
@@ -188,11 +189,6 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if args.seeds and len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds {' '.join(map(str, args.seeds))}: each once")
     return args, passed_on
-
-
-def names_of(arguments: Sequence[str]) -> set[str]:
-    """The flags among some arguments, without their dashes."""
-    return {argument.partition("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")}
 
 
 def sweep_of(text: str) -> tuple[str, tuple[str, ...]]:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -116,6 +117,12 @@ def outcome(folder: Path) -> dict[str, Any]:
         "csv": (folder / "accuracy.csv").read_text(),
         "weights": {name: value.tolist() for name, value in state["model"].items()},
     }
+
+
+def process_list() -> str:
+    """All processes of this machine, a line each: the parent's id and the whole command."""
+    command = ["ps", "-eww", "-o", "ppid,args"]  # ww: readline leaves a COLUMNS behind, which would cut the lines
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def fork(work: Callable[[], Any], log: Path) -> int:

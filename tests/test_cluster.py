@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from gpm.cluster import Cluster
+from tests.faults import process_list
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,8 +32,8 @@ print("folders", sorted(path.name for path in outcome.folders), "failed", [job.n
 
 def worker_of(folder: Path) -> int:
     """The process that started the run in a folder."""
-    listing = subprocess.run(["ps", "-eww", "-o", "ppid,args"], capture_output=True, text=True, check=True).stdout
-    (parent,) = [line.split()[0] for line in listing.splitlines() if f"main_pmnist.py --run_folder {folder} " in line]
+    run = f"main_pmnist.py --run_folder {folder} "
+    (parent,) = [line.split()[0] for line in process_list().splitlines() if run in line]
     return int(parent)
 
 
@@ -70,6 +71,7 @@ def test_a_run_whose_worker_is_killed_goes_on_from_its_checkpoint(tmp_path):
         driver.kill()
     assert "folders ['killed', 'other'] failed []" in said, said + errors
     assert "continued from its checkpoint at task 2/3" in log.read_text()
+    assert "continued" not in (tmp_path / "logs/other").read_text()
     assert (tmp_path / "killed/accuracy.csv").read_text() == (tmp_path / "other/accuracy.csv").read_text()
 
 

@@ -29,13 +29,6 @@ cases = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @cases
 def test_runs(tmp_path, quick, name, network, benchmark):
     options = tiny.options(tmp_path, method=name, replay_batch=4, ogd_samples=5, ewc_lambda=100.0)

@@ -14,6 +14,7 @@ import pytest
 
 from gpm import jobs, sweep
 from gpm.methods import METHODS
+from tests.faults import process_list
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("run_experiments.sh", "run_tests.sh", ".ci/run", ".ci/environment.sh")
@@ -198,10 +199,7 @@ sys.exit(sweep.main(["--jobs", "2"]))
         process.kill()
         process.wait()
     deadline = time.monotonic() + 10
-    while (
-        f"{tmp_path}/a"
-        in subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True).stdout
-    ):
+    while f"{tmp_path}/a" in process_list():
         assert time.monotonic() < deadline, "a run outlived its sweep"
         time.sleep(0.1)
 
