@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from dataloader import five_datasets
-from gpm.cli import parse, script
-from gpm.experiment import run
-from gpm.hardware import pick_device
-from gpm.options import Options, flag
+from engine.cli import parse, script
+from engine.experiment import run
+from engine.hardware import pick_device
+from engine.options import Options, flag
 from models import ResNet18
 
 

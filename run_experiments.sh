@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source .ci/environment.sh
 prepare_python requirements.txt
-exec "$python" -m gpm.sweep "$@"
+exec "$python" -m sweep "$@"

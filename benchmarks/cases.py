@@ -12,10 +12,10 @@ import main_cifar100
 import main_cifar100_superclass
 import main_five_datasets
 import main_pmnist
-from gpm.hardware import tune
-from gpm.methods.gpm import GPM
-from gpm.options import Options
-from gpm.task import Split, Task
+from engine.hardware import tune
+from engine.options import Options
+from engine.task import Split, Task
+from methods.gpm import GPM
 from models import MLP, AlexNet, LeNet, ResNet18
 
 

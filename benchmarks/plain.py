@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpm.memory import frozen, normalization_parameters
-from gpm.methods.gpm import GPM
-from gpm.representation import Layer
-from gpm.task import Task
+from engine.task import Task
+from gradproj.memory import frozen, normalization_parameters
+from gradproj.representation import Layer
+from methods.gpm import GPM
 
 Array = NDArray[np.float32]
 

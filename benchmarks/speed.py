@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> Path:
     from benchmarks.cases import CASES
     from benchmarks.measure import Stopwatch
     from benchmarks.suite import FULL, QUICK, measure
-    from gpm import hardware
-    from gpm.files import write_json
+    from engine import hardware
+    from engine.files import write_json
 
     device = hardware.pick_device(args.device)
     if args.threads is not None:

@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import plain
 from benchmarks.cases import Case
 from benchmarks.measure import Spread, Stopwatch, interleaved, matrix_product_rate, ratios
-from gpm.hardware import tune
-from gpm.methods.gpm import GPM
-from gpm.steps import EagerSteps, FusedSteps, GraphSteps, Steps, make_steps
-from gpm.task import Task
-from gpm.training import evaluate
+from engine.hardware import tune
+from engine.steps import EagerSteps, FusedSteps, GraphSteps, Steps, make_steps
+from engine.task import Task
+from engine.training import evaluate
+from methods.gpm import GPM
 
 FORMS = {EagerSteps: "eager", FusedSteps: "by hand", GraphSteps: "CUDA graph"}
 T = 1  # a later task: something is remembered, normalisation is frozen

@@ -1,1 +1,1 @@
-"""The paper's benchmarks as `gpm.task.Benchmark`s: one file a benchmark, plus where raw images come from."""
+"""The paper's benchmarks as `engine.task.Benchmark`s: one file a benchmark, plus where raw images come from."""

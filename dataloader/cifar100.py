@@ -10,8 +10,8 @@ import torch
 from dataloader.sets import open_sets
 from dataloader.splits import CLASS_ORDER, VALIDATION, check_common, normalise, task_generator
 from dataloader.tasks import class_task
-from gpm.errors import InputError
-from gpm.task import Benchmark, LazyTasks, Task
+from engine.task import Benchmark, LazyTasks, Task
+from gradproj.errors import InputError
 
 MEAN, STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
 CLASSES_PER_TASK = 10

@@ -12,8 +12,8 @@ from dataloader.cifar100 import MEAN, STD
 from dataloader.sets import open_sets
 from dataloader.splits import VALIDATION, check_common, normalise, task_generator
 from dataloader.tasks import class_task
-from gpm.errors import InputError
-from gpm.task import Benchmark, LazyTasks, Task
+from engine.task import Benchmark, LazyTasks, Task
+from gradproj.errors import InputError
 
 SUPERCLASSES = (
     "aquatic mammals",

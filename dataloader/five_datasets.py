@@ -15,8 +15,8 @@ from dataloader.cifar100 import STD as CIFAR_STD
 from dataloader.sets import OpenSet, open_sets
 from dataloader.splits import VALIDATION, check_common, normalise, task_generator
 from dataloader.tasks import class_task
-from gpm.errors import InputError
-from gpm.task import Benchmark, LazyTasks, Task
+from engine.task import Benchmark, LazyTasks, Task
+from gradproj.errors import InputError
 
 # In the published order: mean and std of each set's images once they are 32x32.
 STATISTICS = {

@@ -9,7 +9,7 @@ import torch
 
 from dataloader.sets import Part, open_sets
 from dataloader.splits import PERMUTATION, check_common, limit_per_class, n_held_out, normalise, task_generator
-from gpm.task import Benchmark, LazyTasks, Split, Task
+from engine.task import Benchmark, LazyTasks, Split, Task
 
 MEAN, STD = (0.1307,), (0.3081,)
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataloader import content
-from dataloader.cache import SPECS
-from dataloader.raw import load_raw
-from gpm.errors import InputError
+from dataloader.images import content
+from dataloader.images.cache import SPECS
+from dataloader.images.raw import load_raw
+from gradproj.errors import InputError
 
 
 class Part(NamedTuple):
@@ -67,7 +67,7 @@ def open_sets(names: Iterable[str], data: str, data_dir: str | Path) -> Opened:
 
 def _open_set(name: str, data: str, data_dir: str | Path) -> tuple[OpenSet, dict[str, Any]]:
     if data == "embedded":
-        from dataloader.embedded import load_raw as load  # Pillow and fonts are needed for embedded data only
+        from dataloader.embedded.render import load_raw as load  # Pillow and fonts are needed for embedded data only
     else:
         load = load_raw
     raw = load(name, data_dir)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpm.errors import InputError
+from gradproj.errors import InputError
 
 # What a generator is for is part of its seed, so that two choices of one task never share their numbers.
 PERMUTATION, VALIDATION, CLASS_ORDER = range(3)

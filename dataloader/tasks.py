@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dataloader.sets import OpenSet, Part
 from dataloader.splits import holdout, limit_per_class
-from gpm.task import Split, Task
+from engine.task import Split, Task
 
 
 def class_task(

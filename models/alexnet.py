@@ -19,7 +19,7 @@ class AlexNet(nn.Module):
 
     def __init__(self, n_classes: list[int]) -> None:
         super().__init__()
-        self.arguments = dict(n_classes=n_classes)  # for gpm.load_run
+        self.arguments = dict(n_classes=n_classes)  # for engine.load_run
         self.conv1 = nn.Conv2d(3, 64, 4, bias=False)
         self.bn1 = nn.BatchNorm2d(64, track_running_stats=False)
         self.conv2 = nn.Conv2d(64, 128, 3, bias=False)

@@ -17,7 +17,7 @@ class LeNet(nn.Module):
 
     def __init__(self, n_classes: list[int]) -> None:
         super().__init__()
-        self.arguments = dict(n_classes=n_classes)  # for gpm.load_run
+        self.arguments = dict(n_classes=n_classes)  # for engine.load_run
         self.conv1 = nn.Conv2d(3, 20, 5, padding=2, bias=False)
         self.norm1 = LocalResponseNorm(20, size=4, alpha=0.001 / 9, beta=0.75, k=1)
         self.conv2 = nn.Conv2d(20, 50, 5, padding=2, bias=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpm.errors import InputError
+from gradproj.errors import InputError
 
 
 class MLP(nn.Module):
@@ -23,7 +23,7 @@ class MLP(nn.Module):
             raise InputError(
                 f"an MLP of {n_inputs}, {n_hidden} and {n_outputs} units; every layer must have at least 1"
             )
-        self.arguments = dict(n_inputs=n_inputs, n_hidden=n_hidden, n_outputs=n_outputs)  # for gpm.load_run
+        self.arguments = dict(n_inputs=n_inputs, n_hidden=n_hidden, n_outputs=n_outputs)  # for engine.load_run
         self.fc1 = nn.Linear(n_inputs, n_hidden, bias=False)
         self.fc2 = nn.Linear(n_hidden, n_hidden, bias=False)
         self.fc3 = nn.Linear(n_hidden, n_outputs, bias=False)

@@ -44,7 +44,7 @@ class ResNet18(nn.Module):
 
     def __init__(self, n_classes: list[int], width: int = 20) -> None:
         super().__init__()
-        self.arguments = dict(n_classes=n_classes, width=width)  # for gpm.load_run
+        self.arguments = dict(n_classes=n_classes, width=width)  # for engine.load_run
         self.conv1, self.bn1 = conv(3, width, 3), batch_norm(width)
         self.layer1 = nn.Sequential(BasicBlock(width, width, 1), BasicBlock(width, width, 1))
         self.layer2 = nn.Sequential(BasicBlock(width, 2 * width, 2), BasicBlock(2 * width, 2 * width, 1))

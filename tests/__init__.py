@@ -1,1 +1,5 @@
-"""Tests, and the slow, obvious implementation that they compare with (reference.py)."""
+"""The tests, in the rooms of what they test."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent  # of the project

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gpm import experiment, hardware
-from gpm.files import write_text
+from engine import experiment, hardware
+from engine.files import write_text
 
 
 @pytest.fixture(scope="session")

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import gpm
-from gpm.checkpoint import load_checkpoint
-from gpm.cli import script
-from gpm.experiment import run
-from gpm.interrupts import stoppable
-from gpm.options import Options
-from gpm.task import Benchmark, Split, Task
+import engine
+from engine.checkpoint import load_checkpoint
+from engine.cli import script
+from engine.experiment import run
+from engine.interrupts import stoppable
+from engine.options import Options
+from engine.task import Benchmark, Split, Task
 
-ENGINE = str(Path(gpm.__file__).parent)
+ENGINE = str(Path(engine.__file__).parent)
 COUNTS: Counter[str] = Counter()  # what was survived, printed at the end of the suite
 LIMIT = 120  # seconds after which a child counts as hung
 

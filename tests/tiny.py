@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpm.options import Options
-from gpm.task import Benchmark, Split, Task
+from engine.options import Options
+from engine.task import Benchmark, Split, Task
 
 N_INPUTS, N_CLASSES = 12, 3
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpm.methods import METHODS
-from gpm.methods.base import Method
-from gpm.task import Benchmark, Split, Task
+from engine.method import Method
+from engine.task import Benchmark, Split, Task
+from methods import METHODS
 from tests import tiny
 
 SIZE = 5  # pixels on a side

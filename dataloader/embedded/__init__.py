@@ -1,0 +1,1 @@
+"""Rendered stand-ins for the published images."""

@@ -1,0 +1,1 @@
+"""Raw images: the array cache, and the downloads that fill it."""

@@ -1,0 +1,62 @@
+"""Where raw images come from: the array cache when it is there, a download that fills it when not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from filelock import FileLock
+
+from dataloader.images import cache
+from dataloader.images.cache import SPECS, RawSet
+from gradproj.errors import DataError, InputError
+
+NAMES = tuple(SPECS)
+
+
+def load_raw(name: str, data_dir: str | Path) -> RawSet:
+    """One of the published data sets, downloaded and converted on first use.
+
+    Args:
+        name: one of `NAMES`.
+        data_dir: holds a folder per set with {train,test}_images.npy (uint8) and {train,test}_labels.npy (int64).
+    Returns:
+        images memory-mapped, labels in memory, in stored order.
+    Raises:
+        InputError: unknown name.
+        DataError: the cache is damaged, or there is none and the download failed.
+    """
+    if name not in SPECS:
+        raise InputError(f"unknown data set {name!r}; known are {', '.join(NAMES)}")
+    data_dir = Path(data_dir)
+    folder = data_dir / name
+    if cache.missing_files(folder):
+        _fill_cache(name, data_dir, folder)
+    return cache.read_cache(folder, SPECS[name])
+
+
+def _fill_cache(name: str, data_dir: Path, folder: Path) -> None:
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(data_dir / f".{name}.lock"):
+            if cache.missing_files(folder):  # else another process filled it while this one waited
+                from dataloader.images.download import download  # torchvision is needed for downloads only
+
+                cache.write_cache(folder, download(name, data_dir))
+    except DataError:
+        raise
+    except Exception as error:  # whatever torchvision, the network or the disk throws, the way out is the same
+        raise DataError(_way_out(name, folder, error)) from error
+
+
+def _way_out(name: str, folder: Path, error: Exception) -> str:
+    """One line: what failed, where the files belong, and how to do without them."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    refusal = re.search(r"urlopen error (?:\[[^]]*\] )?([^>]+)>", reason)  # urllib's wrapping says nothing more
+    reason = refusal[1] if refusal else reason
+    files = ", ".join(cache.missing_files(folder))
+    archive = " (or notMNIST_small.tar.gz)" if name == "notmnist" else ""
+    return (
+        f"{name}: no images in {folder} and no download ({reason[:200]}); "
+        f"put {files}{archive} into {folder}, or run with --data embedded"
+    )

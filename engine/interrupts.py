@@ -1,0 +1,60 @@
+"""SIGTERM and SIGINT as an exception that waits while the state of a run is between two complete ones."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from gradproj.errors import Stopped
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PR_SET_PDEATHSIG = 1
+_depth = 0  # nested `deferred` blocks
+_received: int | None = None
+
+
+def _stop(signal_number: int, _frame: object) -> None:
+    global _received
+    if _depth:
+        _received = signal_number
+    else:
+        raise Stopped(signal_number)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within this context the signals raise Stopped in the main thread, at once or at the end of a deferred block."""
+    global _received
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
+        yield
+        return
+    previous = {number: signal.signal(number, _stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        _received = None  # of a deferred block that failed: that failure has stopped the run already
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Within this context a signal waits: what is inside happens completely."""
+    global _depth, _received
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+    if not _depth and _received is not None:
+        number, _received = _received, None
+        raise Stopped(number)
+
+
+def ending_with_parent(number: int) -> Callable[[], None] | None:
+    """A subprocess's `preexec_fn` by which it gets a signal when its parent dies, however that happens (Linux only)."""
+    return (lambda: ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)) if sys.platform == "linux" else None

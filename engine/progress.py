@@ -1,0 +1,102 @@
+"""What a run says while it runs: a bar on a terminal, plain lines elsewhere, nothing when quiet."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from engine.metrics import AccuracyMatrix
+from engine.options import Options
+from engine.training import Epoch
+from gradproj.errors import InputError
+from gradproj.memory import GradientProjectionMemory
+
+
+class Progress:
+    """One bar over all epochs of a run, the lines between, and TensorBoard where asked for.
+
+    Args:
+        title: what is being run.
+        options: n_tasks, n_epochs, quiet and tensorboard are read.
+        folder: for TensorBoard's log.
+        done: tasks learned already, by an earlier process.
+    """
+
+    def __init__(self, title: str, options: Options, folder: Path, done: int = 0) -> None:
+        self.n_tasks, self.n_epochs, self.quiet = options.n_tasks, options.n_epochs, options.quiet
+        self.on_terminal = sys.stdout.isatty()
+        self.board = tensorboard_writer(folder) if options.tensorboard else None
+        self.epochs_seen = done * self.n_epochs
+        self.bar = tqdm(
+            total=self.n_tasks * self.n_epochs,
+            initial=self.epochs_seen,
+            desc=title,
+            unit="epoch",
+            file=sys.stdout,
+            dynamic_ncols=True,
+            disable=self.quiet or not self.on_terminal,
+        )
+
+    def say(self, text: str) -> None:
+        """A line, above the bar."""
+        if not self.quiet:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def epoch(self, epoch: Epoch) -> None:
+        """An epoch is over."""
+        self.epochs_seen += 1
+        train = "" if epoch.train_accuracy is None else f" {epoch.train_accuracy:.2f} %"
+        valid = "" if epoch.valid_loss is None else f", valid {epoch.valid_loss:.4f} {epoch.valid_accuracy:.2f} %"
+        where = f"task {epoch.task + 1}/{self.n_tasks} epoch {epoch.epoch}"
+        numbers = f"loss {epoch.train_loss:.4f}{train}{valid}, lr {epoch.lr:.2g}"
+        if self.on_terminal:
+            self.bar.set_postfix_str(f"{where}: {numbers}")
+            self.bar.update()
+        else:
+            self.say(f"{where}/{self.n_epochs}: {numbers}, {epoch.seconds:.1f} s")
+        if self.board:
+            for name in ("lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"):
+                if getattr(epoch, name) is not None:
+                    self.board.add_scalar(f"epoch/{name}", getattr(epoch, name), self.epochs_seen)
+
+    def task(self, t: int, name: str, accuracy: AccuracyMatrix, memory: GradientProjectionMemory | None) -> None:
+        """A task is learned: the accuracy matrix so far, and the memory's size."""
+        self.epochs_seen = (t + 1) * self.n_epochs  # a plateau may have ended the task early
+        self.bar.update(self.epochs_seen - self.bar.n)
+        self.say(f"task {t + 1}/{self.n_tasks} ({name}) learned; test accuracy, percent (row after task, column task):")
+        for i, row in enumerate(accuracy):
+            if all(value is None for value in row):  # tasks learned jointly are measured once, at the end
+                continue
+            self.say(f"  {i + 1:>2} " + " ".join(f"{value:6.2f}" for value in row if value is not None))
+        shares = {}
+        if memory:
+            columns, sizes = memory.columns, memory.input_sizes
+            shares = {key: 100 * k / sizes[key] for key, k in columns.items()}
+            parts = [f"{key} {k}/{sizes[key]} ({shares[key]:.0f} %)" for key, k in columns.items()]
+            self.say("memory, columns of the most possible: " + ", ".join(parts))
+            if memory.full_layers:
+                self.say(f"memory is full, so these layers can no longer learn: {', '.join(memory.full_layers)}")
+        if self.board:
+            for j, value in enumerate(accuracy[t][: t + 1]):
+                if value is not None:
+                    self.board.add_scalar(f"test_accuracy/task_{j + 1}", value, t + 1)
+            for key, share in shares.items():
+                self.board.add_scalar(f"memory/{key}", share, t + 1)
+
+    def close(self) -> None:
+        """Leave the bar and close the log."""
+        self.bar.close()
+        if self.board:
+            self.board.close()
+
+
+def tensorboard_writer(folder: Path):
+    """A TensorBoard log in a run folder; imported only when asked for."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("--tensorboard needs a package that is not here: pip install tensorboard") from error
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,190 @@
+"""One epoch of training steps, in the fastest form that fits: by hand, as a CUDA graph, or one operation at a time.
+
+All three compute the same steps; `--step eager` asks for the last, which fits everything.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engine.fused import FusedChain, chain_outputs
+from engine.method import Method
+from engine.options import Options
+from engine.task import Split, Task, batches
+
+WARM_UP_STEPS = 3  # eager steps before a capture: they make cuBLAS and cuDNN allocate and choose what they need
+
+
+class Steps(Protocol):
+    """Goes through a task's training images once."""
+
+    def epoch(self, order: Tensor, lr: float) -> float:
+        """Train on the images in `order` (n,) at a learning rate; returns the mean loss over them while training."""
+        ...
+
+
+def make_steps(method: Method, optimizer: torch.optim.Optimizer, t: int, task: Task, options: Options) -> Steps:
+    """The fastest form of a task's training steps that fits the method, the model and the device."""
+    device = task.train.images.device.type
+    if options.step == "auto" and method.has_plain_step:
+        plain_sgd = options.momentum == 0 and options.amp == "off"
+        if device == "cpu" and plain_sgd and is_plain_chain(method.model, optimizer, t, task.train.images[:2]):
+            return FusedSteps(method, task.train, options.batch_size_train)
+        if device == "cuda":
+            return GraphSteps(method, optimizer, t, task.train, options)
+    return EagerSteps(method, optimizer, t, task.train, options)
+
+
+def is_plain_chain(model: nn.Module, optimizer: torch.optim.Optimizer, t: int, images: Tensor) -> bool:
+    """Whether a model is the chain of Linear layers and ReLUs that its `relu_chain` says, and all of it is trained.
+
+    Its forward may have been changed since (another activation, dropout), or some of its weights frozen.
+    """
+    layers = getattr(model, "relu_chain", None)
+    if layers is None or any(layer.bias is not None for layer in layers):
+        return False
+    trained = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    if trained != {layer.weight for layer in layers}:
+        return False
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        logits = chain_outputs([layer.weight for layer in layers], images)[-1]
+        return torch.allclose(model.train()(images, t), logits, rtol=1e-3, atol=1e-5)
+
+
+class FusedSteps:
+    """The steps of a chain of Linear layers, written out by hand (engine/fused.py)."""
+
+    def __init__(self, method: Method, train: Split, batch_size: int) -> None:
+        self.model, self.batch_size = method.model, batch_size
+        names = {layer: name for name, layer in method.model.named_modules()}
+        layers = method.model.relu_chain
+        projectors = {
+            i: method.projectors[names[layer]] for i, layer in enumerate(layers) if names[layer] in method.projectors
+        }
+        self.chain = FusedChain(layers, projectors, train)
+
+    def epoch(self, order: Tensor, lr: float) -> float:
+        """See Steps."""
+        return self.chain.epoch(order, list(batches(len(order), self.batch_size)), lr)
+
+
+class EagerSteps:
+    """Forward, backward and optimiser by autograd, with the method's say at each moment."""
+
+    def __init__(
+        self, method: Method, optimizer: torch.optim.Optimizer, t: int, train: Split, options: Options
+    ) -> None:
+        self.method, self.optimizer, self.t, self.train = method, optimizer, t, train
+        self.batch_size, self.amp = options.batch_size_train, options.amp
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Learn from a batch; returns its mean loss, still on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp == "bf16"):
+            loss = self.method.loss(images, labels, self.t)
+        loss.backward()
+        self.method.after_backward(self.t)
+        self.optimizer.step()
+        self.method.after_step(self.t)
+        return loss.detach()
+
+    def epoch(self, order: Tensor, lr: float) -> float:
+        """See Steps."""
+        set_learning_rate(self.optimizer, lr)
+        return self.walk(order, self.step)
+
+    def walk(self, order: Tensor, step: Callable[[Tensor, Tensor], Tensor]) -> float:
+        """Take every batch through `step`; the only synchronisation is the mean loss at the end."""
+        self.method.model.train()
+        images, labels = self.train
+        order = order.to(labels.device)
+        total = torch.zeros((), dtype=torch.float64, device=labels.device)
+        for start, stop in batches(len(order), self.batch_size):
+            index = order[start:stop]
+            total += step(images[index], labels[index]) * (stop - start)
+        return total.item() / len(order)
+
+
+class GraphSteps(EagerSteps):
+    """Eager steps recorded once as a CUDA graph for each batch size, then replayed without Python or launch cost."""
+
+    def __init__(
+        self, method: Method, optimizer: torch.optim.Optimizer, t: int, train: Split, options: Options
+    ) -> None:
+        super().__init__(method, optimizer, t, train, options)
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+        self.lr: float | None = None
+        self.captures = True
+
+    def epoch(self, order: Tensor, lr: float) -> float:
+        """See Steps. A graph holds its learning rate, so a new rate (a few times a task) is captured anew."""
+        if lr != self.lr:
+            set_learning_rate(self.optimizer, lr)
+            self.graphs, self.lr = {}, lr
+        return self.walk(order, self.replay)
+
+    def replay(self, images: Tensor, labels: Tensor) -> Tensor:
+        """A step, by the graph of its batch size; eagerly if no graph can be captured."""
+        if self.captures and len(images) not in self.graphs:
+            try:
+                self.graphs[len(images)] = self.capture(images, labels)
+            except RuntimeError as error:  # the end of a capture fails too, and hides what went wrong in it
+                reason = (str(error.__context__ or error).splitlines() or ["unknown reason"])[0]
+                warnings.warn(f"no CUDA graph ({reason}); training eagerly", stacklevel=2)
+                self.captures, self.graphs = False, {}
+        if not self.captures:  # outside the except clause, whose error would keep the failed attempt's tensors alive
+            return self.step(images, labels)
+        graph, graph_images, graph_labels, loss = self.graphs[len(images)]
+        graph_images.copy_(images)
+        graph_labels.copy_(labels)
+        graph.replay()
+        return loss
+
+    def capture(self, images: Tensor, labels: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+        """Record one step on static copies of a batch; recording runs nothing, and the rehearsal leaves no trace."""
+        images, labels = images.clone(), labels.clone()
+        with self.rehearsal():
+            for _ in range(WARM_UP_STEPS):
+                self.step(images, labels)
+        graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # back on it also after a failure
+            loss = self.step(images, labels)
+        return graph, images, labels, loss
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Within this context steps run on a side stream; weights, buffers, momenta and random state come back."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        changed = [*parameters, *self.method.model.buffers()]
+        before = [value.detach().clone() for value in changed]
+        momenta = [self.optimizer.state[p].get("momentum_buffer") for p in parameters]
+        momenta_before = [None if m is None else m.clone() for m in momenta]
+        random_state = torch.cuda.get_rng_state()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(side):
+                yield
+        finally:
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.no_grad():
+                for value, old in zip(changed, before, strict=True):
+                    value.copy_(old)
+                for parameter, old in zip(parameters, momenta_before, strict=True):
+                    buffer = self.optimizer.state[parameter].get("momentum_buffer")
+                    if buffer is not None:  # the buffer of a first step starts from zero
+                        buffer.zero_() if old is None else buffer.copy_(old)
+            torch.cuda.set_rng_state(random_state)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,76 @@
+"""Joint training on all tasks at once: what the others, who see one task at a time, can hope for at most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.method import Method, trainable_parameters
+from engine.task import Task
+from methods.parts.replay import has_batch_statistics, mixed_loss
+
+
+class Multitask(Method):
+    """SGD on the union of all tasks' training sets, each image through the head of its task.
+
+    loss = 1/|B| Σ_{(x, y, j) ∈ B} CE(f_j(x), y). The epochs and the schedule are those of one task, on the union; its
+    validation loss drives the plateau. Only the last row of the accuracy matrix exists, and no backward transfer.
+
+    A batch mixes tasks, unless the network normalises by the statistics of the batch: then each batch is of one task,
+    in random turns, since a test batch is of one task too.
+
+    Has no hyperparameters. Stores every task's training images, which is what `memory_floats` counts.
+    """
+
+    name = "multitask"
+    joint = True
+    floats = 0
+
+    @contextmanager
+    def learning(self, t: int, task: Task) -> Iterator[None]:
+        """Takes note of the size of the union."""
+        self.floats = task.train.images.numel()
+        yield
+
+    def parameters(self, t: int) -> list[nn.Parameter]:
+        """Shared parameters and the heads of all tasks."""
+        return trainable_parameters(self.model, range(t + 1))
+
+    def order(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """All images shuffled; or shuffled batches of one task each, then what is left over of each task.
+
+        An image left over alone has no batch statistics and sits this epoch out.
+        """
+        if not has_batch_statistics(self.model):
+            return super().order(labels, generator)
+        tasks, size = labels[:, 1].cpu(), self.options.batch_size_train
+        full, rest = [], []
+        for j in tasks.unique():
+            mine = (tasks == j).nonzero()[:, 0]
+            for batch in mine[torch.randperm(len(mine), generator=generator)].split(size):
+                if len(batch) == size:
+                    full.append(batch)
+                elif len(batch) > 1:
+                    rest.append(batch)
+        shuffled = [parts[i] for parts in (full, rest) for i in torch.randperm(len(parts), generator=generator)]
+        return torch.cat(shuffled)
+
+    def loss(self, images: Tensor, labels: Tensor, t: int) -> Tensor:
+        """The mean loss over a batch of joined tasks, whose labels are (label, task)."""
+        return mixed_loss(self.model, images, labels[:, 0], labels[:, 1].cpu())
+
+    def memory_floats(self) -> int:
+        """All training images."""
+        return self.floats
+
+    def state_dict(self) -> dict[str, Any]:
+        """The size of the union."""
+        return {"floats": self.floats}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the size."""
+        self.floats = state["floats"]

@@ -1,0 +1,113 @@
+"""Orthogonal Weights Modification (Zeng et al., Nature Machine Intelligence 2019, arXiv 1810.01256)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.method import Method, shared_layers, task_heads
+from engine.options import Options
+from engine.seeds import generator
+from engine.task import Task, batches
+from gradproj.errors import InputError
+from gradproj.memory import frozen, normalization_parameters
+from gradproj.projection import LayerProjector, Projector, projecting
+from gradproj.representation import Layer, input_columns
+
+
+class OWM(Method):
+    """SGD whose steps avoid the inputs of earlier tasks, the more the stronger the input: G ← G P for each layer.
+
+    P follows from the layer's mean input x̄ over each batch by recursive least squares, beginning with the identity:
+    k = P x̄ / (α + x̄ᵀ P x̄), P ← P - k x̄ᵀ P. That recursion is a way to invert, P = α (α I + Σ x̄ x̄ᵀ)⁻¹, in whatever
+    order the x̄ come; so Σ x̄ x̄ᵀ is added up, in float64, and inverted once for each task. A convolution has an x̄ for
+    each position of its patches.
+
+    The batches are those of one pass over the training images, in random order, after the task is learned: the inputs
+    of the weights that are to be kept. Normalisation parameters are frozen after the first task and heads are not
+    protected, as for GPM.
+
+    Hyperparameters: `owm_alpha` (α, 100). It competes with a sum over batches: with more batches a task the same α
+    leaves less freedom.
+
+    Stores Σ d² floats over the layers.
+    """
+
+    name = "owm"
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        super().__init__(model, options)
+        self.layers = shared_layers(model)
+        self.gram = {  # Σ x̄ x̄ᵀ (d, d)
+            key: layer.module.weight.new_zeros(layer.input_size, layer.input_size, dtype=torch.float64)
+            for layer in self.layers.values()
+            for key in layer.keys
+        }
+
+    def matrix(self, key: str) -> Tensor:
+        """P = α (α I + Σ x̄ x̄ᵀ)⁻¹.
+
+        Raises:
+            InputError: α is so small that rounding swallows it.
+        """
+        gram, alpha = self.gram[key], self.options.owm_alpha
+        try:
+            factor = torch.linalg.cholesky(gram + alpha * torch.eye(len(gram)).to(gram))
+        except torch.linalg.LinAlgError as error:
+            raise InputError(f"owm_alpha is {alpha:g}; beside the inputs' energy that is nothing, give more") from error
+        return alpha * torch.cholesky_inverse(factor)
+
+    @contextmanager
+    def learning(self, t: int, task: Task) -> Iterator[None]:
+        """Train with gradients G P."""
+        if t == 0:  # P = I
+            yield
+            return
+        self.projectors = {
+            name: LayerProjector([Projector("dense", self.matrix(key).to(layer.module.weight)) for key in layer.keys])
+            for name, layer in self.layers.items()
+        }
+        with (
+            frozen(normalization_parameters(self.model, task_heads(self.model))),
+            projecting(self.layers, self.projectors),
+        ):
+            yield
+
+    @torch.no_grad()
+    def after_task(self, t: int, task: Task) -> None:
+        """Add the outer products of the mean inputs."""
+        gram = {key: value.clone() for key, value in self.gram.items()}
+
+        def listen(layer: Layer):
+            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                mean = args[0].double().mean(0, keepdim=True)
+                for key, columns in zip(layer.keys, input_columns(layer, mean), strict=True):
+                    gram[key].addmm_(columns, columns.T)
+
+            return hook
+
+        random = generator(self.options.seed, "owm", t)
+        order = torch.randperm(len(task.train.labels), generator=random).to(task.train.labels.device)
+        self.model.eval()
+        with ExitStack() as hooks:
+            for layer in self.layers.values():
+                hooks.enter_context(layer.module.register_forward_pre_hook(listen(layer)))
+            for start, stop in batches(len(order), self.options.batch_size_train):
+                self.model(task.train.images[order[start:stop]], t)
+        self.gram = gram
+
+    def memory_floats(self) -> int:
+        """Σ d²."""
+        return sum(value.numel() for value in self.gram.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Σ x̄ x̄ᵀ."""
+        return {"gram": dict(self.gram)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved Σ x̄ x̄ᵀ."""
+        self.gram = {key: value.to(self.gram[key]) for key, value in state["gram"].items()}

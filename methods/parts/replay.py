@@ -1,0 +1,171 @@
+"""Episodic memory: a few images of earlier tasks, drawn by reservoir sampling and replayed later."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.method import Method, shared_layers, trainable_parameters
+from engine.options import Options
+from engine.seeds import generator
+from engine.task import Split, Task
+
+
+class Reservoir:
+    """A uniform sample of fixed size of all images offered so far (Vitter 1985, Algorithm R).
+
+    Args:
+        size: most images to hold.
+
+    Attributes:
+        images, labels: of the images held, on their device.
+        tasks: (n,) the task of each, on the CPU.
+        seen: images offered so far.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.seen = size, 0
+        self.images: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.tasks = torch.zeros(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def offer(self, split: Split, t: int, random: torch.Generator) -> None:
+        """Offer each image of task t once, in random order: the i-th ever offered, from 0, goes to a random place in
+        [0, i], instead of the image there; a place beyond the size drops it."""
+        n = len(split.labels)
+        order = torch.randperm(n, generator=random)
+        number = self.seen + torch.arange(n)
+        place = (torch.rand(n, generator=random, dtype=torch.float64) * (number + 1)).long()
+        place = torch.where(number < self.size, number, place)  # until it is full, every image finds a place
+        taken = place < self.size
+        newest = dict(zip(place[taken].tolist(), order[taken].tolist(), strict=True))  # who comes last stays
+        places, chosen = torch.tensor(list(newest), dtype=torch.int64), list(newest.values())
+        new = Split(split.images[chosen], split.labels[chosen])
+        length = min(self.size, self.seen + n)
+        self.images = _put(self.images, length, places, new.images)
+        self.labels = _put(self.labels, length, places, new.labels)
+        self.tasks = _put(self.tasks, length, places, torch.full((len(chosen),), t))
+        self.seen += n
+
+    def draw(self, n: int, of_one_task: bool, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """A uniform sample of at most n images, without replacement: images, labels and tasks (CPU).
+
+        Args:
+            n: how many.
+            of_one_task: all of the task of one image drawn uniformly.
+            random: a CPU generator.
+        """
+        among = torch.arange(len(self))
+        if of_one_task:
+            task = self.tasks[torch.randint(len(self), (1,), generator=random)]
+            among = (self.tasks == task).nonzero()[:, 0]
+        index = among[torch.randperm(len(among), generator=random)[:n]]
+        if of_one_task and len(index) == 1:
+            index = index.repeat(2)  # BatchNorm refuses a single image
+        on_device = index.to(self.labels.device)
+        return self.images[on_device], self.labels[on_device], self.tasks[index]
+
+
+class Replay(Method):
+    """What methods with an episodic memory share: its size, its filling, and the loss of a replayed batch.
+
+    Attributes:
+        usual_batch: images replayed at a step where `replay_batch` does not say; None: as many as the batch has.
+
+    A task's training images pass through the reservoir once, at its end, so that the memory holds images of earlier
+    tasks only, each at most once, however many epochs they were seen. `memory_images` is its size, by default so that
+    it holds as many floats as the largest possible GPM, Σ d² over the protected layers: 810 images for permuted MNIST,
+    1,901 for 10-split CIFAR-100, 3,625 for its superclasses, 2,924 for 5-datasets.
+
+    Where the network normalises by the statistics of the batch, a replayed batch is of one task (a task's chance is its
+    share of the memory), since a test batch is of one task too; otherwise it mixes tasks.
+
+    Training also moves the heads of earlier tasks, by what is replayed.
+    """
+
+    usual_batch: ClassVar[int | None] = None
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        super().__init__(model, options)
+        self.largest = sum(layer.input_size**2 * layer.groups for layer in shared_layers(model).values())
+        self.reservoir: Reservoir | None = None  # its size follows from that of an image
+        self.generator = generator(options.seed, "replay")
+
+    def parameters(self, t: int) -> list[nn.Parameter]:
+        """Shared parameters and the heads of the tasks so far."""
+        return trainable_parameters(self.model, range(t + 1))
+
+    def replayed_loss(self) -> tuple[Tensor | None, int]:
+        """The mean loss over images drawn from the memory, and their number; None and 0 while it is empty."""
+        if self.reservoir is None:
+            return None, 0
+        n = self.options.replay_batch or self.usual_batch or self.options.batch_size_train
+        drawn = self.reservoir.draw(n, has_batch_statistics(self.model), self.generator)
+        return mixed_loss(self.model, *drawn), len(drawn[0])
+
+    def after_task(self, t: int, task: Task) -> None:
+        """Pass the task's images through the reservoir."""
+        reservoir = Reservoir(self.options.memory_images or max(1, round(self.largest / task.train.images[0].numel())))
+        if self.reservoir is not None:
+            vars(reservoir).update(vars(self.reservoir))
+        reservoir.offer(task.train, t, generator(self.options.seed, "reservoir", t))
+        self.reservoir = reservoir
+
+    def memory_floats(self) -> int:
+        """The images held."""
+        return self.reservoir.images.numel() if self.reservoir is not None else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory, and where the random choices are."""
+        held = None if self.reservoir is None else dict(vars(self.reservoir))
+        return {"reservoir": held, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved memory."""
+        self.generator.set_state(state["generator"])
+        self.reservoir = None
+        if state["reservoir"] is not None:
+            device = next(self.model.parameters()).device
+            self.reservoir = Reservoir(state["reservoir"]["size"])
+            vars(self.reservoir).update(state["reservoir"])
+            self.reservoir.images = self.reservoir.images.to(device)
+            self.reservoir.labels = self.reservoir.labels.to(device)
+
+
+def has_batch_statistics(model: nn.Module) -> bool:
+    """Whether a network's test outputs depend on the other images of the batch."""
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    return any(isinstance(m, batch_norm) and not m.track_running_stats for m in model.modules())
+
+
+def mixed_loss(model: nn.Module, images: Tensor, labels: Tensor, tasks: Tensor) -> Tensor:
+    """Mean cross-entropy of images of several tasks, each through the head of its own.
+
+    Args:
+        model: called as `model(images, task)`, once for each task in the batch; once in all if it has no heads.
+        images, labels: (n, ...) and (n,).
+        tasks: (n,) the task of each image, on the CPU. Where BatchNorm needs more than one image, a task's single image
+            of a batch counts as nothing.
+    """
+    if not hasattr(model, "heads"):
+        return F.cross_entropy(model(images, int(tasks[0])), labels)
+    groups = [(j, (tasks == j).nonzero()[:, 0].to(labels.device)) for j in tasks.unique().tolist()]
+    if has_batch_statistics(model) and len(groups) > 1:
+        groups = [(j, index) for j, index in groups if len(index) > 1] or groups[:1]
+    total = sum(F.cross_entropy(model(images[index], j), labels[index], reduction="sum") for j, index in groups)
+    return total / sum(len(index) for _, index in groups)
+
+
+def _put(old: Tensor | None, length: int, places: Tensor, new: Tensor) -> Tensor:
+    """A copy of `old`, lengthened, with new rows at some places."""
+    result = new.new_empty(length, *new.shape[1:])
+    if old is not None:
+        result[: len(old)] = old
+    result[places.to(new.device)] = new
+    return result

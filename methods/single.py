@@ -1,0 +1,90 @@
+"""One network for each task: nothing is forgotten and nothing is shared, the yardstick of forward transfer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.method import Method
+from engine.options import Options
+from engine.seeds import generator
+from engine.task import Task
+
+Weights = dict[str, Tensor]
+
+
+class Single(Method):
+    """Plain SGD on each task from a fresh network; task j is tested with network j.
+
+    A method's forward transfer on task j is its accuracy there right after learning it, minus this one's.
+
+    Task 0 starts from the model as given. A later task's network has the entries of each initial tensor in a random
+    order: initialisers draw them independently, so this is another draw, whatever the distribution.
+
+    Has no hyperparameters. Stores one network for each task; `memory_floats` counts all but the last.
+    """
+
+    name = "single"
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        super().__init__(model, options)
+        self.initial = copy(model)
+        self.networks: list[Weights] = []
+        self.begun = 0  # the task that the network in the model is for
+
+    def fresh(self, t: int) -> Weights:
+        """The network that task t starts from."""
+        if t == 0:
+            return self.initial
+        random = generator(self.options.seed, "network", t)
+        order = {name: torch.randperm(value.numel(), generator=random) for name, value in self.initial.items()}
+        return {
+            name: value.flatten()[order[name].to(value.device)].view(value.shape)
+            for name, value in self.initial.items()
+        }
+
+    @contextmanager
+    def learning(self, t: int, task: Task) -> Iterator[None]:
+        """Begin anew with each task."""
+        if self.begun != t:
+            self.model.load_state_dict(self.fresh(t))
+            self.begun = t
+        yield
+
+    @contextmanager
+    def testing(self, t: int) -> Iterator[None]:
+        """Test task t with its own network."""
+        current = copy(self.model)
+        self.model.load_state_dict(self.networks[t])
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(current)
+
+    def after_task(self, t: int, task: Task) -> None:
+        """Keep the network."""
+        self.networks = [*self.networks[:t], copy(self.model)]
+
+    def memory_floats(self) -> int:
+        """The networks of all tasks but the last, which is in the model."""
+        return sum(value.numel() for weights in self.networks[:-1] for value in weights.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The initial network and those learned."""
+        return {"initial": self.initial, "networks": self.networks, "begun": self.begun}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over saved networks."""
+        devices = {name: value.device for name, value in self.model.state_dict().items()}
+        move = lambda weights: {name: value.to(devices[name]) for name, value in weights.items()}  # noqa: E731
+        self.initial, self.begun = move(state["initial"]), state["begun"]
+        self.networks = [move(weights) for weights in state["networks"]]
+
+
+def copy(model: nn.Module) -> Weights:
+    """A model's state, apart from it."""
+    return {name: value.clone() for name, value in model.state_dict().items()}

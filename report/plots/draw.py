@@ -1,0 +1,158 @@
+"""The pictures that a set of runs gives: the paper's figures, for every benchmark, data and variant among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from gradproj.errors import InputError
+from methods import METHODS
+from report.plots import plots
+from report.published import BENCHMARKS
+from report.published import METHODS as NAMES
+from report.rows import Row, estimate
+
+Save = Callable[[Figure, str], None]
+
+
+def draw(rows: Sequence[Row], folder: Path, against: str | None = None) -> list[Path]:
+    """Draw everything, as PNG and PDF.
+
+    Args:
+        rows: the runs, summed up.
+        folder: where to.
+        against: a hyperparameter that some rows differ in alone; ACC, BWT and interference are drawn over it.
+    Returns:
+        the files written.
+    Raises:
+        InputError: no two rows differ in `against` alone.
+    """
+    written: list[Path] = []
+
+    def save(figure: Figure, name: str) -> None:
+        name = "".join(c if c.isalnum() or c in "._+-" else "-" for c in name)
+        for suffix in ("png", "pdf"):
+            written.append(folder / f"{name}.{suffix}")
+            plots.save(figure, written[-1])
+
+    for members in _grouped(rows, lambda row: (row.benchmark, row.data, _kind(row))):
+        draw_comparison(members, save)
+    if against:
+        groups = _grouped(rows, lambda row: (row.benchmark, row.data, row.method, _others(row, against)))
+        sweeps = [members for members in groups if len({str(_value(row, against)) for row in members}) > 1]
+        if not sweeps:
+            raise InputError(f"no two of these runs differ in {against} alone, so nothing can be drawn over it")
+        for members in sweeps:
+            draw_sweep(members, against, save)
+    return written
+
+
+def draw_comparison(rows: Sequence[Row], save: Save) -> None:
+    """Methods beside each other on one benchmark, data and variant; matrix and memory of each."""
+    # Rows that differ in their notes alone would hide each other: the one with the most runs stands for all.
+    best = {row.method: row for row in sorted(rows, key=lambda row: len(row.runs))}
+    shown = {row.method: row for row in rows if best[row.method] is row}
+    kind = _kind(rows[0])
+    title = _title(rows[0], kind)
+    with_seeds = f"{title}\n{_seeds(shown)}"
+    stem = f"{rows[0].data}-{rows[0].benchmark}-{kind}"
+    matrices = {name: [run.summary["accuracy"] for run in row.runs] for name, row in shown.items()}
+    save(plots.accuracy_over_time(matrices, with_seeds), f"{stem}-accuracy_over_time")
+    scores = {name: (row.accuracy, row.backward_transfer) for name, row in shown.items()}
+    save(plots.bars(scores, ("ACC, %", "BWT, points"), with_seeds, signed=(False, True)), f"{stem}-methods")
+    draw_costs(shown, title, stem, save)
+    labels = {name: NAMES.get(name, name) for name in shown}
+    colors = {label: plots.style(name, i)[0] for i, (name, label) in enumerate(labels.items())}
+    draw_interference({labels[name]: row for name, row in shown.items()}, colors, title, stem, save)
+    for name, row in shown.items():
+        heading = title.replace(" data)", f" data), {NAMES.get(name, name)}, {_seeds({name: row})}", 1)
+        save(plots.accuracy_heat_map(plots.mean_matrix(matrices[name]), heading), f"{stem}-{name}-accuracy")
+        columns = plots.mean_columns([run.summary.get("memory_columns") or {} for run in row.runs])
+        if columns:
+            sizes = row.runs[0].summary["memory_input_sizes"]
+            save(plots.memory_growth(columns, sizes, heading), f"{stem}-{name}-memory")
+
+
+def draw_costs(shown: dict[str, Row], title: str, stem: str, save: Save) -> None:
+    """Memory relative to the largest possible GPM, and time of an epoch (the paper's Figure 2).
+
+    Without joint training, which keeps all images and whose epoch is one of all tasks: it would dwarf the others.
+    """
+    shown = {name: row for name, row in shown.items() if name != "multitask"}
+    sizes = [row.runs[0].summary.get("memory_input_sizes") for row in shown.values()]
+    largest = max((sum(d * d for d in size.values()) for size in sizes if size), default=0)
+    epochs = {name: [run.summary.get("epochs") for run in row.runs] for name, row in shown.items()}
+    if len(shown) < 2 or not largest or not all(all(counts) for counts in epochs.values()):
+        return  # the largest size is known where GPM is among the methods
+    costs = {
+        name: (
+            estimate([100 * run.summary.get("memory_floats", 0) / largest for run in row.runs]),
+            estimate([run.summary["seconds"].get("train", 0.0) / sum(run.summary["epochs"]) for run in row.runs]),
+        )
+        for name, row in shown.items()
+    }
+    headings = ("memory, % of the largest GPM", "seconds an epoch")
+    save(plots.bars(costs, headings, f"{title}\n{_seeds(shown)}"), f"{stem}-costs")
+
+
+def draw_interference(shown: dict[str, Row], colors: dict[str, Any], title: str, stem: str, save: Save) -> None:
+    """Histograms of the interference activations, where two or more rows have recorded them (Figure 3)."""
+    found = {name: [run.summary.get("interference") for run in row.runs] for name, row in shown.items()}
+    found = {name: runs for name, runs in found.items() if all(runs)}
+    if len(found) > 1:
+        save(plots.interference_histograms(found, colors, title), f"{stem}-interference")
+
+
+def draw_sweep(rows: Sequence[Row], name: str, save: Save) -> None:
+    """ACC, BWT and interference over the values of a hyperparameter."""
+    rows = sorted(rows, key=lambda row: _value(row, name))
+    labels = [" ".join(map(str, value)) if isinstance(value := _value(row, name), list) else str(value) for row in rows]
+    others = _others(rows[0], name) or "default"
+    title = _title(rows[0], others, rows[0].method)
+    stem = f"{rows[0].data}-{rows[0].benchmark}-{others}-{rows[0].method}-{name}"
+    save(plots.scores_against(labels, rows, name, title), f"{stem}-sweep")
+    shown = {f"{name} {label}": row for label, row in zip(labels, rows, strict=True)}
+    draw_interference(shown, plots.shades(list(shown)), title, stem, save)
+
+
+def _seeds(shown: dict[str, Row]) -> str:
+    """How many seeds stand behind a picture of some rows."""
+    counts = {NAMES.get(name, name): len(row.runs) for name, row in shown.items()}
+    if len(set(counts.values())) > 1:
+        return "means ± one standard deviation over seeds: " + ", ".join(f"{name} {n}" for name, n in counts.items())
+    n = next(iter(counts.values()))
+    return f"mean of {n} seeds ± one standard deviation" if n > 1 else f"seed {next(iter(shown.values())).seeds[0]}"
+
+
+def _kind(row: Row) -> str:
+    """The variant that a row is drawn with: a method with a learning rate of its own has that by default."""
+    rate, used = METHODS[row.method].learning_rate if row.method in METHODS else None, _value(row, "lr")
+    if rate is None or used is None:
+        return row.variant
+    others = _others(row, "lr")
+    return others or "default" if used == rate else ",".join(filter(None, (others, f"lr={used}")))
+
+
+def _grouped(rows: Sequence[Row], key: Callable[[Row], tuple]) -> list[list[Row]]:
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.values())
+
+
+def _others(row: Row, name: str) -> str:
+    """A row's variant but for one hyperparameter."""
+    return ",".join(p for p in row.variant.split(",") if p.partition("=")[0] not in (name, "default"))
+
+
+def _value(row: Row, name: str) -> Any:
+    return row.runs[0].summary.get("hyperparameters", {}).get(name)
+
+
+def _title(row: Row, variant: str, method: str | None = None) -> str:
+    title = f"{BENCHMARKS.get(row.benchmark, row.benchmark)} ({row.data} data)"
+    title += f", {NAMES.get(method, method)}" if method else ""
+    return title if variant == "default" else f"{title}\n{variant}"

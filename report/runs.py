@@ -1,0 +1,114 @@
+"""Finished runs read from any set of folders; the unfinished and the damaged ones listed beside them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gradproj.errors import InputError
+
+
+class Run(NamedTuple):
+    """A finished run."""
+
+    path: Path
+    summary: dict[str, Any]
+
+
+class Problem(NamedTuple):
+    """A run that gives no numbers."""
+
+    path: Path
+    status: str  # "unfinished" or "damaged"
+    reason: str
+
+
+def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
+    """All runs at or under some paths.
+
+    Args:
+        paths: run folders, folders that hold them at any depth, or summary files.
+    Returns:
+        finished runs, and the ones that are unfinished or damaged, each in path order.
+    Raises:
+        InputError: a path does not exist, or there is no run under it.
+    """
+    runs, problems = {}, {}
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path} does not exist; give run folders, or a folder that holds them")
+        found = set()
+        try:
+            files = [path] if path.is_file() else path.rglob("*.json")
+            for file in files:
+                if file.name == "config.json":
+                    found.add(file.parent / "summary.json")  # which may not exist yet
+                elif file == path or file.name == "summary.json" or file.name.startswith("seed-"):
+                    found.add(file)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        if not found:
+            raise InputError(f"no run under {path}: no summary.json, config.json or seed-N.json")
+        for file in found:
+            outcome = read_run(file)
+            (runs if isinstance(outcome, Run) else problems)[file.resolve()] = outcome
+    return sorted(runs.values(), key=lambda run: str(run.path)), sorted(problems.values(), key=lambda p: str(p.path))
+
+
+def read_run(file: Path) -> Run | Problem:
+    """The run that a summary file describes; the file need not exist where a run has only begun."""
+    folder = file.parent if file.name == "summary.json" else file
+    if not file.exists():
+        return Problem(folder, "unfinished", _position(folder))
+    try:
+        summary = json.loads(file.read_text())
+        fault = "not a JSON object" if not isinstance(summary, dict) else _fault(summary)
+    except (OSError, ValueError, RecursionError) as error:
+        fault = " ".join(str(error).split()) or type(error).__name__
+    if fault:
+        return Problem(folder, "damaged", f"{file.name}: {fault}")
+    if not summary["finished"]:
+        return Problem(folder, "unfinished", _position(folder))
+    return Run(folder, summary)
+
+
+def _position(folder: Path) -> str:
+    """How far an unfinished run has come, from its epochs.jsonl."""
+    try:
+        last = json.loads((folder / "epochs.jsonl").read_text().splitlines()[-1])
+        n_tasks = json.loads((folder / "config.json").read_text())["hyperparameters"]["n_tasks"]
+        return f"saved at task {last['task'] + 1}/{n_tasks}, epoch {last['epoch']}; the same command continues it"
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return "no summary.json; the same command continues it"
+
+
+def _fault(summary: dict[str, Any]) -> str:
+    """What keeps a summary from being used; empty if nothing does."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+    def matrix(value: Any) -> bool:
+        return (
+            isinstance(value, list)
+            and bool(value)
+            and all(isinstance(row, list) and all(x is None or number(x) for x in row) for row in value)
+        )
+
+    data, seconds = summary.get("data"), summary.get("seconds")
+    notes = data.get("notes", []) if isinstance(data, dict) else None
+    checks = {
+        **{key: isinstance(summary.get(key), str) for key in ("benchmark", "method", "variant", "device")},
+        "seed": isinstance(summary.get("seed"), int),
+        "finished": isinstance(summary.get("finished"), bool),
+        "data": isinstance(notes, list) and isinstance(data.get("kind"), str) and all(type(n) is str for n in notes),
+        "average_accuracy": number(summary.get("average_accuracy")),
+        "backward_transfer": summary.get("backward_transfer") is None or number(summary["backward_transfer"]),
+        "accuracy": matrix(summary.get("accuracy")),
+        "seconds": isinstance(seconds, dict) and number(seconds.get("total")),
+    }
+    wrong = [key for key, fine in checks.items() if not fine]
+    return f"{', '.join(wrong)} missing or of a wrong kind" if wrong else ""

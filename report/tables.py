@@ -1,0 +1,197 @@
+"""Rows as a table: text, Markdown, LaTeX or CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from report.published import BENCHMARKS, METHODS, Estimate
+from report.rows import Row
+from report.runs import Problem
+
+NOTHING = "–"
+VALIDATION = "validation %"
+
+
+def spread(estimate: Estimate | None, form: str) -> str:
+    """Mean ± std; the mean alone where there is one run."""
+    if estimate is None:
+        return NOTHING
+    text = format(estimate.mean, form)
+    return text if estimate.std is None else f"{text} ± {format(estimate.std, form.lstrip('+'))}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def command(row: Row) -> str:
+    """The command that makes a row's runs."""
+    hyperparameters = row.runs[0].summary.get("hyperparameters", {})
+    flags = [f"--method {row.method}"]
+    flags += [] if row.data == "real" else [f"--data {row.data}"]
+    shortened = "~" in row.variant
+    for part in [] if row.variant == "default" else row.variant.split(","):
+        name = part.partition("=")[0]
+        if name in hyperparameters:
+            flags.append(_flag(name, hyperparameters[name]))
+    flags += ["…"] if shortened else []
+    seeds = row.seeds
+    if len(seeds) == 1:
+        return " ".join([f"python main_{row.benchmark}.py", *flags, f"--seed {seeds[0]}"])
+    many = f"--only {row.benchmark} --methods {row.method} --seeds {' '.join(map(str, seeds))}"
+    return " ".join(["bash run_experiments.sh paper", many, *flags[1:]])
+
+
+def _flag(name: str, value: Any) -> str:
+    if value is True:
+        return f"--{name}"
+    if isinstance(value, dict):
+        value = [f"{key}={count}" for key, count in value.items()]
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def cells(row: Row, marks: str) -> dict[str, str]:
+    """A row for people, by column heading."""
+    paper = row.published
+    return {
+        "benchmark": BENCHMARKS.get(row.benchmark, row.benchmark) + marks,
+        "data": row.data,
+        "variant": row.variant,
+        "method": METHODS.get(row.method, row.method),
+        VALIDATION: spread(row.valid_accuracy, ".2f"),
+        "ACC %": spread(row.accuracy, ".2f"),
+        "BWT": spread(row.backward_transfer, "+.2f"),
+        "paper ACC": spread(paper.accuracy, ".2f") if paper else NOTHING,
+        "paper BWT": spread(paper.backward_transfer, "g") if paper else NOTHING,
+        "reproduced": row.verdict,
+        "seeds": str(len(row.runs)),
+        "time a run": duration(row.seconds),
+        "hardware": row.hardware,
+    }
+
+
+def table(rows: Sequence[Row], validation: bool = False) -> tuple[list[dict[str, str]], list[str]]:
+    """Rows of cells, and the lines that belong under them. What is the same in every row is said once, below.
+
+    Args:
+        rows: the runs, summed up.
+        validation: with the validation accuracy, for a search over hyperparameters.
+    """
+    numbered = list(dict.fromkeys(note for row in rows for note in row.notes))
+    body = []
+    for row in rows:
+        marks = "".join(f" [{numbered.index(note) + 1}]" for note in dict.fromkeys(row.notes))
+        body.append(cells(row, marks))
+    notes = [f"[{i}] {note}" for i, note in enumerate(numbered, 1)]
+    compared = any(row.published for row in rows)
+    dropped = [] if compared else ["paper ACC", "paper BWT", "reproduced"]
+    dropped += [] if validation else [VALIDATION]
+    for heading in ("data", "hardware"):
+        if len({line[heading] for line in body}) == 1:
+            notes.append(f"{heading.capitalize()}: {body[0][heading]}.")
+            dropped.append(heading)
+    body = [{heading: cell for heading, cell in line.items() if heading not in dropped} for line in body]
+    if any(row.data == "embedded" for row in rows):
+        notes.append("Embedded data are rendered glyphs, not the published images: no number on them is a paper's.")
+    if compared:
+        notes.append("Reproduced: |ours - paper| <= max(1, 2 sqrt(s1^2/n1 + s2^2/n2)) points, in ACC and in BWT.")
+    return body, notes
+
+
+def as_text(rows: Sequence[Row], problems: Sequence[Problem], validation: bool = False) -> str:
+    """Aligned columns."""
+    body, notes = table(rows, validation)
+    lines = []
+    if body:
+        headings = list(body[0])
+        width = {h: max(len(h), *(len(line[h]) for line in body)) for h in headings}
+        right = {VALIDATION, "ACC %", "BWT", "paper ACC", "paper BWT", "seeds", "time a run"}
+
+        def joined(line: dict[str, str]) -> str:
+            return "  ".join(line[h].rjust(width[h]) if h in right else line[h].ljust(width[h]) for h in headings)
+
+        lines = [joined({h: h for h in headings}), "  ".join("-" * width[h] for h in headings), *map(joined, body)]
+    return _paragraphs([line.rstrip() for line in lines], notes, _problem_lines(problems))
+
+
+def as_markdown(rows: Sequence[Row], problems: Sequence[Problem], validation: bool = False) -> str:
+    """A table with the command of each row."""
+    body, notes = table(rows, validation)
+    for row, line in zip(rows, body, strict=True):
+        line["command"] = f"`{command(row)}`"
+    lines = []
+    if body:
+        headings = list(body[0])
+        lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
+        lines += [f"| {' | '.join(cell.replace('|', '/') for cell in line.values())} |" for line in body]
+        # Notes mention |ours - paper| and [1]: neither means anything to Markdown outside a table.
+    return _paragraphs(lines, [f"{note}  " for note in notes], [f"- {line}" for line in _problem_lines(problems)])
+
+
+def as_latex(rows: Sequence[Row], problems: Sequence[Problem], validation: bool = False) -> str:
+    """A tabular for the booktabs package, with its notes below; runs without numbers are comments."""
+    body, notes = table(rows, validation)
+    lines = []
+    if body:
+        headings = list(body[0])
+        lines = [f"\\begin{{tabular}}{{{'l' * len(headings)}}}", "\\toprule"]
+        lines += [" & ".join(map(_latex, headings)) + r" \\", "\\midrule"]
+        lines += [" & ".join(map(_latex, line.values())) + r" \\" for line in body]
+        lines += ["\\bottomrule", "\\end{tabular}"]
+    below = [f"{{\\footnotesize {_latex(note)}\\par}}" for note in notes] if body else []
+    return _paragraphs([*lines, *below], [f"% {line}" for line in _problem_lines(problems)])
+
+
+def _latex(text: str) -> str:
+    special = {c: f"\\{c}" for c in "&%$#_{}"}
+    special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {"±": r"$\pm$", "–": "--", "…": r"\ldots{}"}
+    text = "".join(special.get(c, c) for c in text)
+    return f"${text[0]}$" + text[1:] if text[:1] in ("-", "+") and text[1:2].isdigit() else text
+
+
+def as_csv(rows: Sequence[Row], problems: Sequence[Problem], validation: bool = True) -> str:
+    """Every number, unrounded; unfinished and damaged runs are rows without numbers."""
+
+    def numbers(estimate: Estimate | None, name: str) -> dict[str, Any]:
+        return {name: estimate and estimate.mean, f"{name}_std": estimate and estimate.std}
+
+    blank: dict[str, Any] = {"status": "finished"}
+    lines = []
+    for row in rows:
+        lines.append(
+            blank
+            | {"benchmark": row.benchmark, "data": row.data, "variant": row.variant, "method": row.method}
+            | numbers(row.accuracy, "average_accuracy")
+            | numbers(row.backward_transfer, "backward_transfer")
+            | (numbers(row.valid_accuracy, "valid_accuracy") if validation else {})
+            | {"n": len(row.runs), "seeds": " ".join(map(str, row.seeds)), "seconds": row.seconds}
+            | {"hardware": row.hardware}
+            | numbers(row.published and row.published.accuracy, "paper_average_accuracy")
+            | numbers(row.published and row.published.backward_transfer, "paper_backward_transfer")
+            | {"reproduced": row.verdict, "notes": "; ".join(row.notes), "command": command(row), "path": ""}
+        )
+    headings = list(lines[0]) if lines else ["status", "notes", "path"]
+    lines += [{"status": p.status, "notes": p.reason, "path": str(p.path)} for p in problems]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, headings, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _problem_lines(problems: Sequence[Problem]) -> list[str]:
+    return [f"{problem.status}: {problem.path} ({problem.reason})" for problem in problems]
+
+
+def _paragraphs(*parts: Sequence[str]) -> str:
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+FORMATS = {"text": as_text, "markdown": as_markdown, "latex": as_latex, "csv": as_csv}

@@ -1,0 +1,338 @@
+"""Many runs from one command, and the shell scripts that set up a machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from methods import METHODS
+from sweep import __main__ as sweep
+from sweep import jobs
+from tests import ROOT
+from tests.faults import process_list
+
+SCRIPTS = ("run_experiments.sh", "run_tests.sh", ".ci/run", ".ci/environment.sh")
+
+# Stands for a main script: prints what one prints and leaves a folder.
+FAKE = """
+import json, pathlib, sys, time
+folder, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "began").touch()
+print("task 1/2 epoch 3/5: loss 0.5, lr 0.01, 1.0 s\\ntask 1/2 (permutation 0) learned; row", flush=True)
+time.sleep(seconds)
+(folder / "summary.json").write_text(json.dumps({
+    "benchmark": "pmnist", "method": "gpm", "variant": "default", "seed": 1, "device": "cpu", "finished": True,
+    "data": {"kind": "embedded"}, "average_accuracy": 90.0, "backward_transfer": -1.0, "accuracy": [[90.0]],
+    "seconds": {"total": 1.0},
+}))
+print("pmnist: ACC 90.00 %, BWT -1.00, 1 s")
+print(f"  {folder}/summary.json, accuracy.csv")
+"""
+
+
+def fake_job(tmp_path, name, seconds=0.0, code=FAKE):
+    command = (sys.executable, "-u", "-c", code, str(tmp_path / name), str(seconds))
+    return jobs.Job(name, command, tmp_path / "logs" / f"{name}.log")
+
+
+def commands(*argv):
+    args, passed_on = sweep.parse(argv)
+    return [job.command[2:] for job in sweep.make_jobs(args, passed_on)]
+
+
+def test_without_arguments_all_benchmarks_run_on_embedded_data_with_both_methods():
+    found = commands()
+    assert {Path(script).name for script, *_ in found} == {f"main_{name}.py" for name in sweep.PAPER}
+    assert len(found) == 8
+    assert all(flags[:2] == ("--data", "embedded") for _, *rest in found for flags in [tuple(rest)])
+    assert {flags[flags.index("--method") + 1] for flags in found} == {"gpm", "naive"}
+
+
+def test_paper_passes_seeds_and_unknown_flags_on():
+    found = commands(
+        "paper", "--only", "pmnist", "--methods", "gpm", "--seeds", "1", "2", "--n_epochs", "3", "--device", "cpu"
+    )
+    expected = ("--method", "gpm", "--output_dir", "runs", "--n_epochs", "3", "--device", "cpu", "--seed")
+    assert [command[1:] for command in found] == [(*expected, "1"), (*expected, "2")]
+    assert commands("--n_epochs", "3")[0][-2:] == ("--n_epochs", "3")
+    assert "--seed" not in commands("paper")[0]
+
+
+def test_a_table_is_methods_by_benchmarks_by_seeds():
+    found = commands("paper", "--table", "1")
+    assert len(found) == (7 + 6 + 7) * 5
+    assert {command[command.index("--method") + 1] for command in found} == set(METHODS) - {"naive", "single"}
+    assert len(commands("paper", "--table", "1", "--methods", "gpm", "naive")) == 3 * 2 * 5
+
+
+def test_methods_that_do_not_fit_a_benchmark_are_left_out(capsys):
+    found = commands("paper", "--methods", "hat", "ogd", "gpm")
+    assert len(found) == 2 * len(sweep.PAPER)
+    assert not any("hat" in command and "main_pmnist" in command[0] for command in found)
+    assert {command[0] for command in found if "ogd" in command} == {str(ROOT / "main_pmnist.py")}
+    assert "left out: pmnist hat, which needs a head for each task\n" in capsys.readouterr().out
+    assert sweep.main(["paper", "--only", "pmnist", "--methods", "hat"]) == 2
+    assert "leaves nothing to run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("n_jobs", "cores", "gpu", "gigabytes", "expected"),
+    [(8, 2, False, 24, 2), (1, 2, False, 24, 1), (100, 64, False, 64, 12), (8, 16, True, 24, 1), (8, 4, False, 1, 1)],
+)
+def test_runs_side_by_side_as_the_machine_allows(monkeypatch, n_jobs, cores, gpu, gigabytes, expected):
+    monkeypatch.setattr(jobs, "available_cores", lambda: cores)
+    monkeypatch.setattr(jobs.torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(jobs, "available_memory", lambda: gigabytes * 2**30)
+    assert jobs.usual_jobs(n_jobs) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("3", 3), ("4,2", 4), ("", None), ("0", None), ("many", None)])
+def test_threads_that_the_environment_asks_for(monkeypatch, text, expected):
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert jobs.wanted_threads() == expected
+
+
+def test_a_sweep_runs_gpm_at_each_value():
+    found = commands("paper", "--only", "pmnist", "--sweep", "threshold=0.9 0.95 0.95,0.99", "--seeds", "1")
+    tail = [command[command.index("--threshold") + 1 :] for command in found]
+    assert tail == [("0.9", "0.95", "0.95"), ("0.99",)]
+    assert all("gpm" in command for command in found)
+    methods = ("--methods", "gpm", "ewc")
+    assert len(commands("paper", "--only", "pmnist", "--sweep", "lr=0.1,0.2", *methods)) == 4
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["papers"],
+        ["--only", "imagenet"],
+        ["--jobs", "0"],
+        ["--table", "1"],
+        ["paper", "--methods", "magic"],
+        ["paper", "--seed", "3"],
+        ["paper", "3"],
+        ["--sweep", "threshold"],
+        ["--sweep", "threshold=0.9"],
+        ["--sweep", "threshold=0.9,0.9"],
+        ["--sweep", "threshold=0.9,"],
+        ["--sweep", "threshold=0.9,0.99", "--threshold", "0.95"],
+        ["paper", "--method=naive"],
+        ["--figures", __file__],
+        ["paper", "--seed=3"],
+        ["paper", "--run_folder", "here"],
+        ["paper", "--only", "pmnist", "--sweep", "method=gpm,ewc"],
+        ["paper", "--only", "pmnist", "--sweep", "treshold=0.9,0.99"],
+        ["paper", "--only", "pmnist", "--sweep", "threshold=0.9,high"],
+        ["paper", "--n_epohcs", "3"],
+        ["paper", "--seeds", "1", "1"],
+        ["--data", "real"],
+        ["--gpus_per_run", "0.5"],
+        ["--ray", "local", "--gpus_per_run", "-1"],
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main(argv)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, capsys):
+    bad = fake_job(tmp_path, "bad", code="import sys; print('no such thing', file=sys.stderr); sys.exit(2)")
+    outcome = jobs.run_jobs([fake_job(tmp_path, "first"), bad, fake_job(tmp_path, "last")], 2, 1)
+    assert outcome.failed == [bad]
+    assert sorted(outcome.folders) == [tmp_path / "first", tmp_path / "last"]
+    said = capsys.readouterr().out
+    assert "bad: FAILED with exit code 2" in said and "no such thing" in said
+    assert "first: ACC 90.00 %, BWT -1.00" in said and "first: task 1/2 (permutation 0) learned\n" in said
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, capsys):
+    job = fake_job(tmp_path, "once")
+    jobs.run_jobs([job], 1, 1)
+    (tmp_path / "once/began").unlink()
+    assert jobs.run_jobs([job], 1, 1).folders == [tmp_path / "once"]
+    assert not (tmp_path / "once/began").exists()
+    (tmp_path / "once/summary.json").write_text("{")  # damaged since: run it again
+    jobs.run_jobs([job], 1, 1)
+    assert (tmp_path / "once/began").exists()
+
+
+def test_no_more_than_n_at_once(tmp_path):
+    code = FAKE.replace("time.sleep(seconds)", "time.sleep(0.3); (folder / 'over').write_text(str(time.time()))")
+    code = code.replace('(folder / "began").touch()', "(folder / 'began').write_text(str(time.time()))")
+    jobs.run_jobs([fake_job(tmp_path, name, code=code) for name in "abc"], 1, 1)
+    began, over = ([float((tmp_path / n / what).read_text()) for n in "abc"] for what in ("began", "over"))
+    assert over[0] <= began[1] and over[1] <= began[2]
+
+
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_signal_stops_every_run(tmp_path, signal_number, code):
+    program = f"""
+import signal, sys
+from pathlib import Path
+from sweep import jobs, __main__ as sweep
+from methods import METHODS
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts the tests may have them ignore it
+plan = [jobs.Job(n, (sys.executable, "-u", "-c", {FAKE!r}, f"{tmp_path}/{{n}}", "60"), Path("{tmp_path}", n + ".log"))
+        for n in "ab"]
+sweep.make_jobs = lambda args, passed_on: plan
+sys.exit(sweep.main(["--jobs", "2"]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not all((tmp_path / name / "began").exists() for name in "ab") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal_number)
+        assert process.wait(20) == code
+    finally:
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 10
+    while f"{tmp_path}/a" in process_list():
+        assert time.monotonic() < deadline, "a run outlived its sweep"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_two_runs_end_with_one_table_and_pictures(tmp_path):
+    flags = ["--n_tasks", "2", "--n_train", "20", "--n_epochs", "1", "--output_dir", str(tmp_path)]
+    command = [sys.executable, "-m", "sweep", "--only", "pmnist", *flags]
+    for _ in range(2):  # the second time nothing is left to run
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        table = [line for line in done.stdout.splitlines() if line.startswith("permuted MNIST")]
+        assert ["GPM" in table[0], "naive" in table[1]] == [True, True]
+        pictures = [Path(line.strip()) for line in done.stdout.splitlines() if line.endswith(".png")]
+        assert len(pictures) >= 6 and all(path.exists() for path in pictures)
+    assert done.stdout.count("finished before") == 2
+    alone = ["--data", "embedded", *flags[:-1], str(tmp_path / "alone"), "--quiet"]
+    subprocess.run([sys.executable, "main_pmnist.py", *alone], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    (single,), (swept,) = (
+        (tmp_path / name).glob("pmnist/gpm/*/*/accuracy.csv") for name in ("alone/embedded", "embedded")
+    )
+    assert single.read_text() == swept.read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_bash(script):
+    subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
+
+
+def test_help_says_it_all(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable}
+    for script, words in {
+        "run_experiments.sh": ("paper", "--seeds", "--only", "--jobs", "--table", "embedded"),
+        "run_tests.sh": ("pytest", "ruff"),
+    }.items():
+        # From another folder: the scripts find their own.
+        done = subprocess.run(
+            ["bash", ROOT / script, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert all(word in done.stdout for word in words)
+
+
+# Stands for an interpreter: answers what the set-up asks and notes what it is told to install.
+STUB = """#!/bin/bash
+case "$*" in
+  "- "*) cat >/dev/null; [ -e "$STATE/complete" ] || cat "$STATE/lacking" ;;
+  *version_info*) exit 0 ;;
+  *base_prefix*) [ -e "$STATE/venv_active" ] ;;
+  *find_spec*) [ -e "$STATE/has_torch" ] ;;
+  *"-m venv"*) echo "venv $*" >>"$STATE/log"; mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+  *"pip install"*) echo "install $0" >>"$STATE/log"
+      while [ $# -gt 0 ]; do [ "$1" = --requirement ] && cat "$2" >>"$STATE/log"; shift; done
+      [ -e "$STATE/offline" ] && exit 1
+      touch "$STATE/complete" ;;
+  *metadata*) echo "torch==2.4.1+cu121" ;;
+  *sys.prefix*) echo somewhere ;;
+esac
+"""
+
+
+@pytest.fixture
+def set_up(tmp_path):
+    """Calls prepare_python with a stub interpreter; returns (exit code, output, what the stub noted)."""
+    stub, state = tmp_path / "python-stub", tmp_path / "state"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    state.mkdir()
+    (state / "lacking").write_text("tqdm>=4\n")
+
+    def call(*facts):
+        for fact in facts:
+            (state / fact).touch()
+        program = f'source "{ROOT}/.ci/environment.sh"; prepare_python requirements.txt; echo "$python"'
+        environment = {"PATH": os.environ["PATH"], "PYTHON": str(stub), "STATE": str(state)}
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        log = (state / "log").read_text() if (state / "log").exists() else ""
+        return done.returncode, done.stdout.strip(), log
+
+    call.stub = str(stub)
+    return call
+
+
+def test_a_complete_interpreter_is_used_as_it_is(set_up, tmp_path):
+    assert set_up("complete") == (0, set_up.stub, "")
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_a_bare_interpreter_gets_a_virtual_environment_with_what_is_missing(set_up):
+    code, python, log = set_up()
+    assert (code, python) == (0, ".venv/bin/python")
+    assert log.splitlines() == ["venv -m venv --clear .venv", "install .venv/bin/python", "tqdm>=4"]
+    assert set_up()[2] == log  # nothing more the second time
+
+
+def test_the_machines_own_torch_is_shared_not_installed_again(set_up):
+    assert "--system-site-packages" in set_up("has_torch")[2]
+
+
+def test_an_active_virtual_environment_is_completed(set_up, tmp_path):
+    code, python, log = set_up("venv_active")
+    assert (code, python) == (0, set_up.stub)
+    assert log.splitlines() == [f"install {set_up.stub}", "tqdm>=4"] and not (tmp_path / ".venv").exists()
+
+
+def test_a_failed_installation_ends_with_code_2_and_is_tried_again(set_up, tmp_path):
+    assert set_up("offline")[0] == 2
+    (tmp_path / "state/offline").unlink()
+    assert set_up()[:2] == (0, ".venv/bin/python")
+
+
+def test_missing_requirements_are_found_by_module_name(tmp_path):
+    (tmp_path / "base.txt").write_text("pillow>=9  # PIL\nno_such_module==1.0\n")
+    (tmp_path / "dev.txt").write_text("-r base.txt\nnumpy<3\nabsent-too\n")
+    program = f'source "{ROOT}/.ci/environment.sh"; missing_requirements "{sys.executable}" "{tmp_path}/dev.txt"'
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["no_such_module==1.0", "absent-too"]
+
+
+def test_no_python_is_said_in_one_line(tmp_path):
+    for name in ("dirname", "env"):
+        (tmp_path / name).symlink_to(f"/usr/bin/{name}")
+    done = subprocess.run(
+        ["/bin/bash", str(ROOT / "run_experiments.sh")], env={"PATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Python 3.10" in done.stderr
+
+
+def test_both_lists_of_requirements_name_the_same_packages():
+    declared = set(re.findall(r'"([a-z]+)>=', (ROOT / "pyproject.toml").read_text()))
+    lines = [(ROOT / name).read_text() for name in ("requirements.txt", "requirements-dev.txt")]
+    listed = set(re.findall(r"^([a-z]+)[=>]", "\n".join(lines), re.MULTILINE))
+    assert listed == declared - {"setuptools", "tensorboard"}
