@@ -14,17 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from report.plots.run import draw_run
 
 from dataloader import cifar100
 from engine.cli import parse, script
 from engine.experiment import run
 from engine.hardware import pick_device
 from engine.options import Options, flag
+from methods import METHODS
 from models import AlexNet
 
 
 @dataclass(kw_only=True)
 class Hyperparameters(Options):
+    benchmark = "cifar100"
+
     n_tasks: int = flag(10, "tasks of ten classes each, the first so many")
     class_order_seed: int | None = flag(None, "shuffles which classes meet in a task; default the natural order")
     n_epochs: int = flag(200, "epochs of each task, at most; the plateau schedule ends most tasks sooner")
@@ -48,13 +52,11 @@ class Hyperparameters(Options):
         "of those images, how many give columns to each layer",
     )
 
-    # The baselines' own, where permuted MNIST's do not suit (docs/baselines.md).
-    ewc_lambda: float = flag(100.0, "ewc: weight λ of the penalty λ/2 Σ F (θ - θ*)²")
-
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the experiment that a command line describes; returns the content of its summary.json."""
-    options = parse(Hyperparameters, argv, __doc__)
+    options, method = parse(Hyperparameters, METHODS, argv, __doc__)
+    device = pick_device(options.device)
     benchmark = cifar100.load(
         seed=options.seed,
         n_tasks=options.n_tasks,
@@ -63,11 +65,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         class_order_seed=options.class_order_seed,
         data=options.data,
         data_dir=options.data_dir,
-        device=pick_device(options.device),
+        device=device,
     )
     torch.manual_seed(options.seed)
-    model = AlexNet(n_classes=[10] * 10)  # all heads, so that the first tasks are the same in shorter runs
-    return run(options, benchmark, model)
+    # all heads, so that the first tasks are the same in shorter runs
+    model = AlexNet(n_classes=[10] * 10).to(device)
+    summary = run(options, benchmark, model, method(model, options))
+    draw_run(summary)
+    return summary
 
 
 if __name__ == "__main__":

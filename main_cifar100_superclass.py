@@ -14,17 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from report.plots.run import draw_run
 
 from dataloader import cifar100_superclass
 from engine.cli import parse, script
 from engine.experiment import run
 from engine.hardware import pick_device
 from engine.options import Options, flag
+from methods import METHODS
 from models import LeNet
 
 
 @dataclass(kw_only=True)
 class Hyperparameters(Options):
+    benchmark = "cifar100_superclass"
+
     n_tasks: int = flag(20, "tasks of five classes each, the first so many of the order")
     t_order: int = flag(0, "which of the five published task orders, 0 to 4")
     n_epochs: int = flag(50, "epochs of each task, at most")
@@ -50,7 +54,8 @@ class Hyperparameters(Options):
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the experiment that a command line describes; returns the content of its summary.json."""
-    options = parse(Hyperparameters, argv, __doc__)
+    options, method = parse(Hyperparameters, METHODS, argv, __doc__)
+    device = pick_device(options.device)
     benchmark = cifar100_superclass.load(
         seed=options.seed,
         t_order=options.t_order,
@@ -60,11 +65,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         n_train=options.n_train,
         data=options.data,
         data_dir=options.data_dir,
-        device=pick_device(options.device),
+        device=device,
     )
     torch.manual_seed(options.seed)
-    model = LeNet(n_classes=[5] * 20)  # all heads, so that the first tasks are the same in shorter runs
-    return run(options, benchmark, model)
+    # all heads, so that the first tasks are the same in shorter runs
+    model = LeNet(n_classes=[5] * 20).to(device)
+    summary = run(options, benchmark, model, method(model, options))
+    draw_run(summary)
+    return summary
 
 
 if __name__ == "__main__":

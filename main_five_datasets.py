@@ -14,17 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from report.plots.run import draw_run
 
 from dataloader import five_datasets
 from engine.cli import parse, script
 from engine.experiment import run
 from engine.hardware import pick_device
 from engine.options import Options, flag
+from methods import METHODS
 from models import ResNet18
 
 
 @dataclass(kw_only=True)
 class Hyperparameters(Options):
+    benchmark = "five_datasets"
+
     datasets: tuple[str, ...] = flag(
         ("cifar10", "mnist", "svhn", "fashion_mnist", "notmnist"), "the tasks and their order"
     )
@@ -68,7 +72,8 @@ class Hyperparameters(Options):
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the experiment that a command line describes; returns the content of its summary.json."""
-    options = parse(Hyperparameters, argv, __doc__)
+    options, method = parse(Hyperparameters, METHODS, argv, __doc__)
+    device = pick_device(options.device)
     benchmark = five_datasets.load(
         seed=options.seed,
         datasets=options.datasets,
@@ -78,11 +83,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         n_train=options.n_train,
         data=options.data,
         data_dir=options.data_dir,
-        device=pick_device(options.device),
+        device=device,
     )
     torch.manual_seed(options.seed)
-    model = ResNet18(n_classes=[10] * len(options.datasets))
-    return run(options, benchmark, model)
+    model = ResNet18(n_classes=[10] * len(options.datasets)).to(device)
+    summary = run(options, benchmark, model, method(model, options))
+    draw_run(summary)
+    return summary
 
 
 if __name__ == "__main__":

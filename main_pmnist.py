@@ -18,14 +18,18 @@ from engine.cli import parse, script
 from engine.experiment import run
 from engine.hardware import pick_device
 from engine.options import Options, flag
+from methods import METHODS
 from models import MLP
+from report.plots.run import draw_run
 
 
 @dataclass(kw_only=True)
 class Hyperparameters(Options):
+    benchmark = "pmnist"
+
     n_tasks: int = flag(10, "tasks, each MNIST under a pixel permutation of its own")
-    n_hidden: int = flag(100, "units of each of the two hidden layers")
-    n_outputs: int = flag(10, "units of the output layer, shared by all tasks: at least the ten digits")
+    n_hidden: int = flag(100, "units of each of the two hidden layers", above=0)
+    n_outputs: int = flag(10, "units of the output layer, shared by all tasks: at least the ten digits", above=0)
     n_epochs: int = flag(5, "epochs of each task")
     batch_size_train: int = flag(10, "images in a training batch: small, since five epochs are few")
     batch_size_test: int = flag(64, "images in a validation or test batch")
@@ -46,7 +50,8 @@ class Hyperparameters(Options):
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the experiment that a command line describes; returns the content of its summary.json."""
-    options = parse(Hyperparameters, argv, __doc__)
+    options, method = parse(Hyperparameters, METHODS, argv, __doc__)
+    device = pick_device(options.device)
     benchmark = pmnist.load(
         seed=options.seed,
         n_tasks=options.n_tasks,
@@ -54,11 +59,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         n_train=options.n_train,
         data=options.data,
         data_dir=options.data_dir,
-        device=pick_device(options.device),
+        device=device,
     )
     torch.manual_seed(options.seed)
-    model = MLP(n_hidden=options.n_hidden, n_outputs=options.n_outputs)
-    return run(options, benchmark, model)
+    model = MLP(n_hidden=options.n_hidden, n_outputs=options.n_outputs).to(device)
+    summary = run(options, benchmark, model, method(model, options))
+    draw_run(summary)
+    return summary
 
 
 if __name__ == "__main__":

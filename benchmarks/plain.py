@@ -1,4 +1,4 @@
-"""The plain way to do what gpm/ does: what the speed benchmark compares with, in the manner of the released scripts.
+"""What gradproj/ does in the plain way of the released scripts: what the speed benchmark compares with.
 
 Dense d x d products on finished gradients; Python loops that cut out one patch at a time; two NumPy SVDs a layer.
 (tests/reference.py is plainer still, one Python step a number, and too slow to time.)
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.task import Task
-from gradproj.memory import frozen, normalization_parameters
-from gradproj.representation import Layer
+from gradproj.layers import Layer
+from gradproj.normalization import frozen, normalization_parameters
 from methods.gpm import GPM
 
 Array = NDArray[np.float32]
@@ -25,6 +25,8 @@ Array = NDArray[np.float32]
 
 class DenseGPM(GPM):
     """G ← G - G (M Mᵀ) with a dense d x d matrix for each layer, applied to `.grad` after backward."""
+
+    plain_step = False
 
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
@@ -36,10 +38,11 @@ class DenseGPM(GPM):
         with frozen(normalization_parameters(self.model, self.memory.exclude)):
             yield
 
-    def after_backward(self, t: int) -> None:
-        """Replace the gradients by projected ones."""
+    def backward(self, images: Tensor, labels: Tensor, t: int) -> Tensor:
+        loss = super().backward(images, labels, t)
         for weight, matrix in self.dense:
             weight.grad = weight.grad - torch.mm(weight.grad.flatten(1), matrix).view_as(weight)
+        return loss
 
 
 @torch.no_grad()

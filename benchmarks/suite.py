@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import plain
 from benchmarks.cases import Case
 from benchmarks.measure import Spread, Stopwatch, interleaved, matrix_product_rate, ratios
+from engine.evaluation import evaluate
 from engine.hardware import tune
 from engine.steps import EagerSteps, FusedSteps, GraphSteps, Steps, make_steps
 from engine.task import Task
-from engine.training import evaluate
 from methods.gpm import GPM
 
 FORMS = {EagerSteps: "eager", FusedSteps: "by hand", GraphSteps: "CUDA graph"}
@@ -78,10 +78,10 @@ def measure(case: Case, stopwatch: Stopwatch, effort: Effort) -> dict[str, Any]:
 
 def make(case: Case, kind: type[GPM], task: Task, step: str, stack: ExitStack, *, empty: bool = False) -> Steps:
     """The training steps of a task that `stack` keeps open."""
+    case = dataclasses.replace(case, options=dataclasses.replace(case.options, step=step))
     method = case.method(kind, task.train.images.device, empty=empty)
     stack.enter_context(method.learning(T, task))
-    optimizer = torch.optim.SGD(method.parameters(T), lr=LR)
-    return make_steps(method, optimizer, T, task, dataclasses.replace(case.options, step=step))
+    return make_steps(method, method.optimizer(T, LR), T, task)
 
 
 def measure_steps(case: Case, task: Task, stopwatch: Stopwatch, effort: Effort) -> dict[str, Any]:

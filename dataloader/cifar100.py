@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from dataloader.sets import open_sets
-from dataloader.splits import CLASS_ORDER, VALIDATION, check_common, normalise, task_generator
-from dataloader.tasks import class_task
+from dataloader.splits import CLASS_ORDER, VALIDATION, check_common, class_task, normalise, task_generator
 from engine.task import Benchmark, LazyTasks, Task
 from gradproj.errors import InputError
 

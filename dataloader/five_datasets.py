@@ -13,8 +13,7 @@ from torch import Tensor
 from dataloader.cifar100 import MEAN as CIFAR_MEAN
 from dataloader.cifar100 import STD as CIFAR_STD
 from dataloader.sets import OpenSet, open_sets
-from dataloader.splits import VALIDATION, check_common, normalise, task_generator
-from dataloader.tasks import class_task
+from dataloader.splits import VALIDATION, check_common, class_task, normalise, task_generator
 from engine.task import Benchmark, LazyTasks, Task
 from gradproj.errors import InputError
 

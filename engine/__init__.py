@@ -1,5 +1,5 @@
 """One run: its tasks one after another, its folder, and the two contracts Task and Method."""
 
-from engine.folder import load_run
+from engine.loading import load_run
 
 __all__ = ["load_run"]

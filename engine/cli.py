@@ -1,4 +1,4 @@
-"""Command lines made from an Options dataclass, and errors as one line on stderr."""
+"""Command lines made from an Options dataclass and the methods' flags, and errors as one line on stderr."""
 
 from __future__ import annotations
 
@@ -7,68 +7,154 @@ import dataclasses
 import json
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from engine import hardware
-from engine.interrupts import stoppable
-from engine.options import Options, check
-from gradproj.errors import DivergenceError, InputError, Stopped
-from methods import METHODS
+from engine.interrupts import Stopped, stoppable
+from engine.method import Method
+from engine.options import Options, check, default_of, defaults, inherited, is_read, with_flags
+from gradproj.errors import DivergenceError, InputError
 
 METAVARS = {int: "N", float: "X"}
+NOT_REPEATED = ("run_folder", "no_resume")  # of a run's config.json: they are of that run alone
 SomeOptions = TypeVar("SomeOptions", bound=Options)
+Methods = Mapping[str, type[Method]]
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser that takes no abbreviated flags and whose errors are one line."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
 
 
 def parse(
-    options: type[SomeOptions], argv: Sequence[str] | None, description: str | None, prog: str | None = None
-) -> SomeOptions:
-    """The options that a command line gives: one flag for each field, defaults and help from the dataclass.
+    options: type[SomeOptions],
+    methods: Methods,
+    argv: Sequence[str] | None,
+    description: str | None,
+    prog: str | None = None,
+) -> tuple[SomeOptions, type[Method]]:
+    """The options that a command line gives, and the method that it names.
 
-    Methods with a learning rate of their own have it unless --lr says another.
+    There is a flag for each field of the dataclass and for each of a method's own; those that the method does not read
+    are refused. A value comes from the command line, else from --config, else from `engine.options.defaults`.
 
     Args:
-        options: the dataclass.
+        options: the script's dataclass.
+        methods: by name.
         argv: the command line; None for this process's own.
         description: what --help says first.
         prog: the program's name in errors; this process's own where not given.
     Raises:
-        InputError: values that no run can use.
+        InputError: values that no run can use, or a --config that is not a run's of this script.
     """
-    parser = Parser(
-        prog=prog or Path(sys.argv[0]).name,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for field in dataclasses.fields(options):
-        add_flag(parser, field)
+    parser = make_parser(options, methods, description, prog)
+    given = vars(parser.parse_args(argv))
+    path = given.pop("config", None)
+    saved = {} if path is None else read_config(Path(path), options, methods, parser)
+    name = given.get("method", saved.get("method", default_of(options.__dataclass_fields__["method"])))
+    method = methods[name]
+    kind = with_flags(options, method)
+    names = {field.name for field in dataclasses.fields(kind) if is_read(field, method)}
+    for flag in given:
+        if flag not in names:
+            parser.error(f"--{flag} is a flag of {', '.join(readers(flag, options, methods))}; this run's is {name}")
+    values = {field.name: _in_kind(field, given) for field in dataclasses.fields(kind) if field.name in given}
+    kept = {field: value for field, value in saved.items() if field in names}
+    made = kind(**defaults(options, method) | kept | values | {"method": name})
+    check(made)
+    return made, method
+
+
+def make_parser(options: type[Options], methods: Methods, description: str | None, prog: str | None) -> Parser:
+    """A parser of a script's flags and those of all methods, in which only what is given has a value."""
+    prog = prog or Path(sys.argv[0]).name
+    parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
+    script = {field.name: field for field in dataclasses.fields(options)}
+    for field in script.values():
+        add_flag(parser, field, options, methods)
+    groups: dict[str, list[dataclasses.Field]] = {}
+    for field in {name: field for m in methods.values() for name, field in all_flags(options, m).items()}.values():
+        if field.name not in script:
+            groups.setdefault(", ".join(readers(field.name, options, methods)), []).append(field)
+    for names, fields in groups.items():
+        group = parser.add_argument_group(f"of {names}")
+        for field in fields:
+            add_flag(group, field, options, methods)
     parser.add_argument("--config", metavar="FILE", help="config.json of a run to repeat; further flags change it")
-    first = parser.parse_args(argv)
-    if first.config is not None:
-        parser.set_defaults(**read_config(Path(first.config), options, parser))
-    elif (rate := METHODS[first.method].learning_rate) is not None:
-        parser.set_defaults(lr=rate)
-    values = vars(parser.parse_args(argv))
-    del values["config"]
-    for field in dataclasses.fields(options):
-        if isinstance(values[field.name], list):  # argparse makes lists of what has several values
-            values[field.name] = type(default_of(field))(values[field.name])
-    parsed = options(**values)
-    check(parsed)
-    return parsed
+    return parser
 
 
-def read_config(path: Path, options: type[Options], parser: argparse.ArgumentParser) -> dict[str, Any]:
+def all_flags(options: type[Options], method: type[Method]) -> dict[str, dataclasses.Field]:
+    """What a run by a method reads, by name."""
+    return {f.name: f for f in dataclasses.fields(with_flags(options, method)) if is_read(f, method)}
+
+
+def readers(flag: str, options: type[Options], methods: Methods) -> list[str]:
+    """The methods that read a flag."""
+    return [name for name, method in methods.items() if flag in all_flags(options, method)]
+
+
+def add_flag(parser: Any, field: dataclasses.Field, options: type[Options], methods: Methods) -> None:
+    """Add one field of an options dataclass to a parser or a group of one."""
+    default = default_of(field)
+    arguments = {**inherited(field).metadata["parser"], **field.metadata["parser"]}
+    help = field.metadata["help"].replace("%", "%%")
+    if shown := _shown_default(field, options, methods):
+        help += f" (default: {shown})"
+    if isinstance(default, bool):
+        arguments["action"] = "store_true"
+    elif field.name == "method":
+        arguments["choices"] = tuple(methods)
+    elif isinstance(default, tuple):
+        arguments.update(nargs="+", type=type(default[0]))
+    elif default is not None:
+        arguments.setdefault("type", type(default))
+    else:
+        arguments.setdefault("type", int)
+    if "action" not in arguments and "choices" not in arguments:
+        arguments.setdefault("metavar", METAVARS.get(arguments["type"], "NAME"))
+    parser.add_argument(f"--{field.name}", help=help, **arguments)
+
+
+def _shown_default(field: dataclasses.Field, options: type[Options], methods: Methods) -> str:
+    """The default of a flag in words, and where methods have others of their own."""
+
+    def text(value: Any) -> str:
+        if value is None or value is False or value == {}:
+            return ""
+        if isinstance(value, dict):
+            return " ".join(f"{key}={count}" for key, count in value.items())
+        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    found: dict[str, str] = {}
+    for name in readers(field.name, options, methods):
+        found[name] = text(defaults(options, methods[name])[field.name])
+    usual = text(default_of(field))
+    if field.name == "method" or not found:
+        return usual
+    if field.name not in {f.name for f in dataclasses.fields(options)}:
+        usual = next(iter(found.values()))
+    others = [f"{name} {value}" for name, value in found.items() if value not in ("", usual)]
+    return "; ".join(filter(None, [usual, *others]))
+
+
+def _in_kind(field: dataclasses.Field, given: Mapping[str, Any]) -> Any:
+    """A parsed value in the kind of the field's default: argparse makes lists of what has several values."""
+    value = given[field.name]
+    return type(default_of(field))(value) if isinstance(value, list) else value
+
+
+def read_config(path: Path, options: type[Options], methods: Methods, parser: Parser) -> dict[str, Any]:
     """The hyperparameters in a run's config.json, all but its folder.
+
+    An old one also has other methods' flags, at some default: those are passed over.
 
     Raises:
         InputError: the file cannot be read, or is of another script.
@@ -78,20 +164,26 @@ def read_config(path: Path, options: type[Options], parser: argparse.ArgumentPar
         values = dict(json.loads(path.read_text())["hyperparameters"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not the config.json of a run: {error!r}") from error
-    names = {field.name for field in dataclasses.fields(options)}
-    if set(values) - names:
-        raise InputError(f"{path} is of another script: it has {', '.join(sorted(set(values) - names))}")
+    name = values.get("method", default_of(options.__dataclass_fields__["method"]))
+    if not isinstance(name, str) or name not in methods:
+        raise InputError(f"{path} is of method {name!r}; known are: {', '.join(methods)}")
+    method = methods[name]
+    read = all_flags(options, method)
+    foreign = [name for name in values if name not in read and not _is_a_default(name, values[name], options, methods)]
+    if foreign:
+        raise InputError(f"{path} is of another script or method: it has {', '.join(sorted(foreign))}")
     flags, empty = [], {}
-    for field in dataclasses.fields(options):
-        if field.name not in values:  # a flag that has come since: its default is what was done before
+    for name, field in read.items():
+        if name not in values or name in NOT_REPEATED:  # a flag that has come since: its default is what was done
             continue
-        name, value, default = field.name, values[field.name], default_of(field)
-        if name in ("run_folder", "no_resume") or (value is None and default is None):
+        value, default = values[name], default_of(field)
+        if value is None and default is None:
             continue
         if value == {} and isinstance(default, dict):  # no flag says so
             empty[name] = value
         elif isinstance(default, bool) and isinstance(value, bool):
             flags += [f"--{name}"] * value
+            empty[name] = value
         elif isinstance(default, dict) and isinstance(value, dict):
             flags += [f"--{name}", *(f"{key}={count}" for key, count in value.items())]
         elif isinstance(default, tuple) and isinstance(value, list):
@@ -99,38 +191,15 @@ def read_config(path: Path, options: type[Options], parser: argparse.ArgumentPar
         else:
             flags.append(f"--{name}={value}")
     parsed = vars(parser.parse_args(flags))
-    return {name: parsed[name] for name in values.keys() - {"run_folder", "no_resume"}} | empty
+    return empty | {name: _in_kind(read[name], parsed) for name in parsed}
 
 
-def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-    """Add one field of an options dataclass."""
-    default = default_of(field)
-    inherited = next((base for base in dataclasses.fields(Options) if base.name == field.name), field)
-    arguments = {**inherited.metadata["parser"], **field.metadata["parser"]}
-    shown = " ".join(f"{k}={v}" for k, v in default.items()) if isinstance(default, dict) else default
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else shown
-    help = field.metadata["help"].replace("%", "%%")
-    if default is not None and default is not False and default != {}:
-        own = [f"{m.name} {m.learning_rate}" for m in METHODS.values() if m.learning_rate and field.name == "lr"]
-        help += f" (default: {'; '.join([str(shown), *own])})"
-    if isinstance(default, bool):
-        arguments["action"] = "store_true"
-    elif field.name == "method":
-        arguments["choices"] = tuple(METHODS)
-    elif isinstance(default, tuple):
-        arguments.update(nargs="+", type=type(default[0]))
-    elif default is not None:
-        arguments.setdefault("type", type(default))
-    else:
-        arguments.setdefault("type", int)
-    if "action" not in arguments and "choices" not in arguments:
-        arguments.setdefault("metavar", METAVARS.get(arguments["type"], "NAME"))
-    parser.add_argument(f"--{field.name}", default=default, help=help, **arguments)
-
-
-def default_of(field: dataclasses.Field) -> Any:
-    """A field's default value."""
-    return field.default_factory() if field.default is dataclasses.MISSING else field.default
+def _is_a_default(name: str, value: Any, options: type[Options], methods: Methods) -> bool:
+    """Whether a value is what some method, or the script, has for a flag where nobody says another."""
+    values = [default_of(f) for f in dataclasses.fields(options) if f.name == name]
+    values += [usual[name] for m in methods.values() if name in (usual := defaults(options, m))]
+    values += [default_of(m.flags[name]) for m in methods.values() if name in m.flags]
+    return any(value == (list(usual) if isinstance(usual, tuple) else usual) for usual in values)
 
 
 def script(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:

@@ -23,5 +23,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Write a JSON file, whole or not at all; a list of plain values, such as a row of a matrix, takes one line."""
+    write_text(path, _as_json(value) + "\n")
+
+
+def _as_json(value: Any, indent: str = "") -> str:
+    inner = indent + " "
+    if isinstance(value, dict) and value:
+        parts = [f"{json.dumps(str(key))}: {_as_json(part, inner)}" for key, part in value.items()]
+        return "{\n" + ",\n".join(inner + part for part in parts) + f"\n{indent}}}"
+    if isinstance(value, (list, tuple)) and any(isinstance(part, (dict, list, tuple)) for part in value):
+        return "[\n" + ",\n".join(inner + _as_json(part, inner) for part in value) + f"\n{indent}]"
+    return json.dumps(value)

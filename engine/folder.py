@@ -1,41 +1,37 @@
-"""A run's folder: its name, who holds it, and what can be read back from it."""
+"""A run's folder: its name, who holds it, and its checkpoints: the newest complete state, and the one before it."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import json
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import filelock
-from torch import nn
 
-from engine.checkpoint import NEWEST, NEXT, load_checkpoint
 from engine.files import remove_leftovers
-from engine.method import Method
-from engine.options import Options, variant
+from engine.options import MethodType, Options, variant
 from gradproj.errors import InputError
-from gradproj.files import is_ours
-from gradproj.memory import GradientProjectionMemory
-from gradproj.normalization import Statistics
-from methods import make_method
-from report.runs import Run, read_run
+from gradproj.files import is_ours, load_tensors, save_tensors
 
+NEXT, NEWEST, RESERVE = "checkpoint-next.pt", "checkpoint.pt", "checkpoint-previous.pt"  # NEXT only while saving
 LOCK, HOLDER = ".lock", ".holder"
+# Flags of some methods, which older versions recorded in the runs of all.
+ONCE_OF_EVERY_RUN = frozenset(
+    "threshold threshold_step n_samples samples memory_images replay_batch ewc_lambda owm_alpha ogd_samples hat_smax "
+    "hat_sparsity".split()
+)
 FILES = ("config.json", "epochs.jsonl", NEXT, "summary.json", "accuracy.csv", "accuracy.png", "memory.png")
 
 
-def run_folder(options: Options, benchmark: str, data: str) -> Path:
+def run_folder(options: Options, method: MethodType, benchmark: str, data: str) -> Path:
     """The folder named explicitly, or runs/DATA/BENCHMARK/METHOD/VARIANT/seed-N."""
     if options.run_folder is not None:
         return Path(options.run_folder)
-    return Path(options.output_dir, data, benchmark, options.method, variant(options), f"seed-{options.seed}")
+    return Path(options.output_dir, data, benchmark, method.name, variant(options, method), f"seed-{options.seed}")
 
 
 @contextmanager
@@ -66,12 +62,6 @@ def hold(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary of a finished run; None where there is none or it is damaged."""
-    run = read_run(folder / "summary.json")
-    return run.summary if isinstance(run, Run) else None
-
-
 def check_same_run(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise InputError, naming the differences, where a folder holds a run with other hyperparameters.
 
@@ -81,7 +71,7 @@ def check_same_run(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) 
     """
     different = [
         f"{name} {found.get(name)} there, {wanted.get(name)} here"
-        for name in sorted(found.keys() | wanted.keys())
+        for name in sorted((found.keys() - ONCE_OF_EVERY_RUN) | wanted.keys())
         if found.get(name) != wanted.get(name)
     ]
     if different:
@@ -108,74 +98,50 @@ def check_same_images(folder: Path, found: dict[str, Any], wanted: dict[str, Any
         )
 
 
-@dataclass(frozen=True)
-class LoadedRun:
-    """What a run left behind, for inference and analysis.
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Write a state; whatever happens meanwhile, a complete one stays on disk.
 
-    Attributes:
-        model: with the weights of its end (or last checkpoint), in eval mode, on the CPU.
-        method: as it was then. Some test with more than the model: `with run.method.testing(t): run.model(images, t)`.
-        memory: the model's bases; None for methods without.
-        config: the content of config.json.
-        summary: the content of summary.json; None while the run is unfinished.
-        statistics: with `--batchnorm task`, by task what `fixed_statistics(model, statistics[t])` of
-            `gradproj.normalization` needs to test as the run did; else empty.
-    """
-
-    model: nn.Module
-    method: Method
-    memory: GradientProjectionMemory | None
-    config: dict[str, Any]
-    summary: dict[str, Any] | None
-    statistics: list[Statistics]
-
-
-def load_run(folder: str | Path, model: nn.Module | None = None) -> LoadedRun:
-    """Read a run folder.
-
-    Args:
-        folder: with config.json and a checkpoint.
-        model: of the run's architecture; needed only where its class cannot be imported or does not say in
-            `arguments` what it was made with.
     Raises:
-        InputError: a file is missing or damaged, or the model cannot be made.
+        InputError: the folder cannot be written to, or the disk is full.
     """
-    folder = Path(folder)
+    save_tensors(folder / NEXT, state)  # complete before an older one is given up: the newest of those may be damaged
     try:
-        config = json.loads((folder / "config.json").read_text())
-        description = config["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'config.json'} is not the config.json of a run: {error!r}") from error
-    state = load_checkpoint(folder)
-    if state is None:
-        raise InputError(f"{folder} has no checkpoint that can be read, so its weights are not there")
-    model = make_model(description) if model is None else model
-    names = {field.name for field in dataclasses.fields(Options)}
-    method = make_method(model, Options(**{k: v for k, v in state["hyperparameters"].items() if k in names}))
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the weights in {folder} are not of a {type(model).__name__} like this: {reason}") from error
-    method.load_state_dict(state["method"])
-    return LoadedRun(model.eval(), method, method.memory, config, read_summary(folder), state["statistics"])
+        if (folder / NEWEST).exists():
+            (folder / NEWEST).replace(folder / RESERVE)
+        (folder / NEXT).replace(folder / NEWEST)
+    except OSError as error:
+        raise InputError(f"cannot write {folder / NEWEST}: {error.strerror or error}") from error
 
 
-def describe_model(model: nn.Module) -> dict[str, Any]:
-    """What `make_model` needs to build the model again."""
-    return {
-        "class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "arguments": getattr(model, "arguments", None),
-    }
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The newest state that can be read, or None. A damaged one is passed over with a warning."""
+    damaged = 0
+    for name in (NEXT, NEWEST, RESERVE):
+        if (folder / name).exists():
+            try:
+                return _upgraded(load_tensors(folder / name))
+            except InputError as error:
+                damaged += 1
+                warnings.warn(f"{error}; looking for an older state", stacklevel=2)
+    if damaged:
+        warnings.warn(f"no state in {folder} can be read, so there is none to go on from", stacklevel=2)
+    return None
 
 
-def make_model(description: dict[str, Any]) -> nn.Module:
-    """A model from its class and constructor arguments."""
-    try:
-        module, _, name = description["class"].rpartition(".")
-        made = getattr(importlib.import_module(module), name)(**description["arguments"])
-    except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"cannot build the model {description} ({error!r}); give load_run the model") from error
-    if not isinstance(made, nn.Module):
-        raise InputError(f"{description['class']} is not a model")
-    return made
+def remove_checkpoint(folder: Path) -> None:
+    """Forget all states."""
+    for name in (NEXT, NEWEST, RESERVE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _upgraded(state: Any) -> Any:
+    """A state of an older version, in which method gpm's own was that of its bases, as this one would have saved it."""
+
+    def method(saved: dict[str, Any]) -> dict[str, Any]:
+        return {"memory": saved} if saved.keys() == {"bases", "n_updates"} else saved
+
+    if not isinstance(state, dict) or "method" not in state:
+        return state
+    if (progress := state.get("task_progress")) is not None:
+        state["task_progress"] = progress | {"method": method(progress["method"])}
+    return state | {"method": method(state["method"])}

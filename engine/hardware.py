@@ -13,6 +13,7 @@ from torch import nn
 
 from engine.options import Options
 from gradproj.errors import InputError
+from gradproj.projection import set_tf32
 
 # Multiply-adds of one training step under which a second thread costs more than it brings.
 ONE_THREAD_WORK = 10**7
@@ -31,7 +32,7 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         available = "cpu, cuda" if torch.cuda.is_available() else "cpu"
-        raise InputError(f"device {name!r} is not to be had here; use one of: auto, {available}") from error
+        raise InputError(f"device {name!r} is not available here; use one of: auto, {available}") from error
     return device
 
 
@@ -43,7 +44,8 @@ def tune(device: torch.device, model: nn.Module, options: Options) -> None:
     - Freed blocks stay with the process (glibc): by default each large activation is returned to the kernel and
       its pages are faulted in again at the next step.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        set_tf32(backend, options.tf32)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs are made on the current one
     if device.type != "cpu":

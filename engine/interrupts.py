@@ -9,12 +9,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from gradproj.errors import Stopped
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
 _depth = 0  # nested `deferred` blocks
 _received: int | None = None
+
+
+class Stopped(BaseException):
+    """A signal asked the process to stop. Not an Exception: nothing but the end of the run may catch it."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}")
+        self.exit_code = 128 + signal_number
 
 
 def _stop(signal_number: int, _frame: object) -> None:

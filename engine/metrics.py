@@ -43,3 +43,23 @@ def forgetting(accuracy: AccuracyMatrix) -> float | None:
 def learned_jointly(accuracy: AccuracyMatrix) -> bool:
     """Whether only the last row was measured, so that no task can have been forgotten since it was learned."""
     return any(accuracy[j][j] is None for j in range(len(accuracy)))
+
+
+def learned(accuracy: AccuracyMatrix) -> list[float | None]:
+    """The accuracy on each task just after learning it, percent."""
+    return [accuracy[t][t] for t in range(len(accuracy))]
+
+
+def forward_transfer(accuracy: AccuracyMatrix, alone: Sequence[float]) -> float:
+    """FWT: how much better tasks are learned than by networks of their own, the mean over tasks 2 … T, points.
+
+    Differs: Lopez-Paz and Ranzato (NeurIPS 2017) define it by the accuracy on a task *before* it is learned, minus that
+    of an untrained network; with a head for each task both are chance. This is the gain in learning, whose opposite
+    Chaudhry et al. (ECCV 2018) call intransigence, there against a jointly trained network.
+
+    Args:
+        accuracy: of T >= 2 tasks, not learned jointly.
+        alone: (T,) accuracy of a network that learns task t alone, percent.
+    """
+    gains = [accuracy[t][t] - alone[t] for t in range(1, len(accuracy))]
+    return sum(gains) / len(gains)

@@ -3,26 +3,59 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from gradproj.errors import InputError
 
+SomeOptions = TypeVar("SomeOptions", bound="Options")
 LARGEST = 3.4e38  # of any number: float32 has none beyond
 
 
-def flag(default: Any, help: str, *, affects_results: bool = True, **parser_arguments: Any) -> Any:
+class MethodType(Protocol):
+    """What the options of a run need to know about its method's class."""
+
+    name: str
+    flags: Mapping[str, Any]
+    reads: tuple[str, ...]
+    defaults: Mapping[str, Any]
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    affects_results: bool = True,
+    read_by_some: bool = False,
+    above: float | None = None,
+    minimum: float | None = None,
+    below: float | None = None,
+    maximum: float | None = None,
+    **parser_arguments: Any,
+) -> Any:
     """A dataclass field that is also a command-line flag.
 
     Args:
         default: the value when nothing else is said; a dict is copied for each instance.
         help: what it is, with its unit and the reason for the default.
         affects_results: whether runs that differ in it are different runs, kept in different folders.
-        parser_arguments: passed on to argparse's add_argument (choices, nargs, metavar, type); a subclass that
-            overrides a field of Options need not repeat them.
+        read_by_some: only methods that name it in `reads` use it; with the others it is refused.
+        above, minimum, below, maximum: bounds of a number, or of each in a tuple.
+        parser_arguments: passed on to argparse's add_argument (choices, nargs, metavar, type).
+
+    A subclass that overrides a field of Options with another default need not repeat what stands there.
     """
-    metadata = {"help": help, "affects_results": affects_results, "parser": parser_arguments}
+    bounds = {"above": above, "minimum": minimum, "below": below, "maximum": maximum}
+    metadata = {
+        "help": help,
+        "affects_results": affects_results,
+        "read_by_some": read_by_some,
+        "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
+        "parser": parser_arguments,
+    }
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -43,7 +76,15 @@ def named_count(text: str) -> tuple[str, int]:
 
 @dataclass(kw_only=True)
 class Options:
-    """What the engine reads. Scripts override the defaults with the benchmark's published values."""
+    """What the engine reads. Scripts override the defaults with the benchmark's published values.
+
+    Attributes:
+        benchmark: whose published values a method's own defaults may follow.
+        script: of options joined with a method's flags, the class that the script wrote.
+    """
+
+    benchmark: ClassVar[str] = ""
+    script: ClassVar[type[Options] | None] = None
 
     method: str = flag("gpm", "how to learn without forgetting")
     protocol: str = flag(
@@ -52,56 +93,53 @@ class Options:
         "differs (docs/differences.md)",
         choices=("paper", "released"),
     )
-    seed: int = flag(1, "seed of everything random: initial weights, batches, splits, permutations")
-    n_tasks: int = flag(10, "tasks to learn, the first so many of the benchmark")
-    n_train: int | None = flag(None, "at most so many training images of each class, for quick looks; default all")
+    seed: int = flag(
+        1, "seed of everything random: initial weights, batches, splits, permutations", minimum=0, below=2**63
+    )
+    n_tasks: int = flag(10, "tasks to learn, the first so many of the benchmark", above=0)
+    n_train: int | None = flag(
+        None, "at most so many training images of each class, for quick looks; default all", above=0
+    )
 
-    n_epochs: int = flag(200, "epochs of each task, at most")
-    batch_size_train: int = flag(64, "images in a training batch")
-    batch_size_test: int = flag(64, "images in a validation or test batch")
-    lr: float = flag(0.01, "learning rate that each task starts with")
-    momentum: float = flag(0.0, "momentum of SGD; the published runs use none")
+    n_epochs: int = flag(200, "epochs of each task, at most", above=0)
+    batch_size_train: int = flag(64, "images in a training batch", above=0)
+    batch_size_test: int = flag(64, "images in a validation or test batch", above=0)
+    lr: float = flag(0.01, "learning rate that each task starts with", above=0)
+    momentum: float = flag(0.0, "momentum of SGD; the published runs use none", minimum=0, below=1)
     schedule: str = flag(
         "plateau",
         "plateau: divide lr by --lr_factor when the validation loss stalls, keep the best weights. constant: neither",
         choices=("plateau", "constant"),
     )
-    lr_min: float = flag(1e-5, "plateau: the task ends before lr would fall below this")
-    lr_patience: int = flag(6, "plateau: epochs without a better validation loss before lr falls")
-    lr_factor: float = flag(2.0, "plateau: what lr is divided by")
-    pc_valid: float = flag(0.05, "fraction of each task's training images held out for validation")
+    lr_min: float = flag(1e-5, "plateau: the task ends before lr would fall below this", above=0)
+    lr_patience: int = flag(6, "plateau: epochs without a better validation loss before lr falls", above=0)
+    lr_factor: float = flag(2.0, "plateau: what lr is divided by", above=1)
+    pc_valid: float = flag(0.05, "fraction of each task's training images held out for validation", minimum=0, below=1)
 
     threshold: tuple[float, ...] = flag(
-        (0.97,), "ε, fraction of a layer's input energy to remember: one value, or one a layer"
+        (0.97,),
+        "ε, fraction of a layer's input energy to remember: one value, or one a layer",
+        read_by_some=True,
+        above=0,
+        maximum=1,
     )
-    threshold_step: float = flag(0.0, "added to ε with every task learned")
+    threshold_step: float = flag(0.0, "added to ε with every task learned", read_by_some=True)
     n_samples: int | str = flag(
-        125, "training images that a layer's inputs are read from, or 'all'", type=sample_count, metavar="N|all"
+        125,
+        "training images that a layer's inputs are read from, or 'all'",
+        read_by_some=True,
+        type=sample_count,
+        metavar="N|all",
     )
     samples: dict[str, int] = flag(
         {},
         "columns of a layer's representation matrix come from the first COUNT of those images; LAYER is its name or "
         "the beginning of several",
+        read_by_some=True,
         nargs="+",
         type=named_count,
         metavar="LAYER=COUNT",
     )
-
-    memory_images: int | None = flag(
-        None,
-        "a_gem, er: images in the episodic memory; default as many floats as the largest possible GPM, Σ d² over the "
-        "protected layers",
-    )
-    replay_batch: int | None = flag(
-        None, "a_gem, er: images drawn from the memory at each step; default 256 for a_gem, --batch_size_train for er"
-    )
-    ewc_lambda: float = flag(10.0, "ewc: weight λ of the penalty λ/2 Σ F (θ - θ*)², with F the Fisher of one image")
-    owm_alpha: float = flag(
-        100.0, "owm: α of the projector α (α I + Σ x xᵀ)⁻¹; the larger, the more directions stay free to learn in"
-    )
-    ogd_samples: int = flag(200, "ogd: images of each task whose logit gradients are stored; the paper's number")
-    hat_smax: float = flag(400.0, "hat: slope of the gates at test, the largest in training")
-    hat_sparsity: float = flag(0.75, "hat: weight of the penalty on units that no earlier task uses")
 
     data: str = flag(
         "real",
@@ -140,43 +178,118 @@ class Options:
     quiet: bool = flag(False, "print the final numbers only", affects_results=False)
 
 
+def with_flags(options: type[SomeOptions], method: MethodType) -> type[SomeOptions]:
+    """A script's options with a method's own joined to them."""
+    return _joined(script_options(options), method)
+
+
+@functools.cache
+def _joined(options: type[Options], method: MethodType) -> type[Options]:
+    own = options.__dataclass_fields__  # a script may set a method's flag among its hyperparameters
+    fields = [(name, Any, field) for name, field in method.flags.items() if name not in own]
+    made = dataclasses.make_dataclass(options.__name__, fields, bases=(options,), kw_only=True)
+    made.script = options
+    made.__module__ = options.__module__
+    return made
+
+
+def script_options(options: type[Options]) -> type[Options]:
+    """The options class that a script wrote, of one that `with_flags` may have made of it."""
+    return options.script or options
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """A field's default value."""
+    return field.default_factory() if field.default is dataclasses.MISSING else field.default
+
+
+def defaults(options: type[Options], method: MethodType) -> dict[str, Any]:
+    """The value of each hyperparameter where nobody says another: the method's for the benchmark, else the method's,
+    else the script's."""
+    values = {field.name: default_of(field) for field in dataclasses.fields(with_flags(options, method))}
+    own = method.defaults | method.defaults.get(options.benchmark, {})
+    return values | {name: value for name, value in own.items() if name in values} | {"method": method.name}
+
+
+def complete(options: Options, method: MethodType) -> Options:
+    """Options with the method's own flags too, at their defaults where they are not there yet."""
+    kind, usual = with_flags(type(options), method), defaults(type(options), method)
+    values = {field.name: getattr(options, field.name, usual[field.name]) for field in dataclasses.fields(kind)}
+    return kind(**values | {"method": method.name})
+
+
+def is_read(field: dataclasses.Field, method: MethodType) -> bool:
+    """Whether a run by this method reads a field of its options."""
+    return field.name in method.reads or not inherited(field).metadata["read_by_some"]
+
+
+def inherited(field: dataclasses.Field) -> dataclasses.Field:
+    """The field of Options that a script's field overrides; itself where there is none."""
+    return Options.__dataclass_fields__.get(field.name, field)
+
+
+def overridden(options: Options, method: MethodType) -> list[str]:
+    """A line for each value of the script that gives way to the method's own."""
+    usual = defaults(type(options), method)
+    scripts = {field.name: default_of(field) for field in dataclasses.fields(script_options(type(options)))}
+    return [
+        f"{name} is {_short(usual[name])}, {method.name}'s own, instead of the script's {_short(value)}"
+        for name, value in scripts.items()
+        if name != "method" and usual[name] != value and getattr(options, name) == usual[name]
+    ]
+
+
 def check(options: Options) -> None:
     """Raise InputError, in one line, for values that no run can use."""
-    for name in ("n_tasks", "n_epochs", "batch_size_train", "batch_size_test", "lr", "lr_min", "lr_patience"):
-        _require(getattr(options, name) > 0, name, getattr(options, name), "positive")
+    for field in dataclasses.fields(options):
+        _check_bounds(field, getattr(options, field.name))
     for name in ("output_dir", "run_folder", "data_dir"):
         _require(getattr(options, name) != "", name, "empty", "the path of a folder")
-    _require(0 <= options.seed < 2**63, "seed", options.seed, "in [0, 2**63)")
-    _require(options.n_train is None or options.n_train > 0, "n_train", options.n_train, "positive")
-    _require(0 <= options.momentum < 1, "momentum", options.momentum, "in [0, 1)")
-    _require(options.lr_factor > 1, "lr_factor", options.lr_factor, "greater than 1")
-    _require(0 <= options.pc_valid < 1, "pc_valid", options.pc_valid, "in [0, 1)")
     if options.schedule == "plateau":
         _require(options.pc_valid > 0, "pc_valid", options.pc_valid, "positive for --schedule plateau")
+        wanted = f"lr_min = {options.lr_min} or more: the plateau schedule ends a task before it uses a smaller rate"
+        _require(options.lr >= options.lr_min, "lr", options.lr, wanted)
     _require(options.n_samples == "all" or options.n_samples > 0, "n_samples", options.n_samples, "positive or 'all'")
+    if options.n_samples == "all" and options.samples not in ({}, _script_default(options, "samples")):
+        raise InputError("n_samples is all, which leaves samples nothing to choose from; give one of the two")
     for name, count in options.samples.items():
         most = count if options.n_samples == "all" else options.n_samples
         _require(0 < count <= most, f"samples {name}", count, f"in [1, n_samples = {options.n_samples}]")
-    for name in ("memory_images", "replay_batch"):
-        value = getattr(options, name)
-        _require(value is None or value > 0, name, value, "positive")
-    for name in ("owm_alpha", "ogd_samples"):
-        _require(getattr(options, name) > 0, name, getattr(options, name), "positive")
-    for name in ("ewc_lambda", "hat_sparsity"):
-        _require(getattr(options, name) >= 0, name, getattr(options, name), "0 or more")
-    _require(options.hat_smax >= 1, "hat_smax", options.hat_smax, "1 or more")  # the slope begins at 1 / hat_smax
     last = options.threshold_step * (options.n_tasks - 1)
     for threshold in options.threshold:
-        _require(0 < threshold <= 1, "threshold", threshold, "in (0, 1]")
         _require(
             0 < threshold + last <= 1 + 1e-12,
             f"threshold {threshold} after {options.n_tasks - 1} steps of {options.threshold_step}",
             round(threshold + last, 6),
             "in (0, 1]",
         )
-    for name, value in vars(options).items():
-        if isinstance(value, float):
-            _require(abs(value) <= LARGEST, name, value, f"a number of at most {LARGEST:g}")
+
+
+def _script_default(options: Options, name: str) -> Any:
+    return default_of(type(options).__dataclass_fields__[name])
+
+
+def _check_bounds(field: dataclasses.Field, value: Any) -> None:
+    """Raise InputError where a number, or one of several, is out of its field's bounds or beyond float32's."""
+    bounds = field.metadata["bounds"] or inherited(field).metadata["bounds"]
+    above, minimum, below, maximum = map(bounds.get, ("above", "minimum", "below", "maximum"))
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            continue
+        fine = (above is None or number > above) and (minimum is None or number >= minimum)
+        fine = fine and (below is None or number < below) and (maximum is None or number <= maximum)
+        _require(fine, field.name, number, _interval(above, minimum, below, maximum))
+        if isinstance(number, float):
+            _require(abs(number) <= LARGEST, field.name, number, f"a number of at most {LARGEST:g}")
+
+
+def _interval(above: float | None, minimum: float | None, below: float | None, maximum: float | None) -> str:
+    if below is None and maximum is None:
+        if minimum is not None:
+            return f"{minimum} or more"
+        return "positive" if above == 0 else f"greater than {above}"
+    left = f"({above}" if minimum is None else f"[{minimum}"
+    return f"in {left}, " + (f"{maximum}]" if below is None else f"{below})")
 
 
 def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
@@ -184,20 +297,25 @@ def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
         raise InputError(f"{name} is {value}; it must be {wanted}")
 
 
-def results_options(options: Options) -> dict[str, Any]:
-    """The hyperparameters that decide a run's numbers, by name."""
-    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.metadata["affects_results"]}
+def hyperparameters(options: Options, method: MethodType) -> dict[str, Any]:
+    """All that a run by this method reads, by name."""
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if is_read(f, method)}
 
 
-def variant(options: Options) -> str:
-    """The name of a run's kind: `default`, or the hyperparameters that differ from the script's, shortened."""
-    parts = []
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        named_by_folder = field.name in ("method", "seed", "data") or not field.metadata["affects_results"]
-        if not named_by_folder and value != default:
-            parts.append(f"{field.name}={_short(value)}")
+def results_options(options: Options, method: MethodType) -> dict[str, Any]:
+    """Those of them that decide the run's numbers."""
+    decisive = {f.name for f in dataclasses.fields(options) if f.metadata["affects_results"]}
+    return {name: value for name, value in hyperparameters(options, method).items() if name in decisive}
+
+
+def variant(options: Options, method: MethodType) -> str:
+    """The name of a run's kind: `default`, or the hyperparameters that differ from the defaults, shortened."""
+    usual = defaults(type(options), method)
+    parts = [
+        f"{name}={_short(value)}"
+        for name, value in results_options(options, method).items()
+        if name not in ("method", "seed", "data") and value != usual[name]  # these the folder is named by
+    ]
     name = ",".join(parts).replace("/", "_") or "default"
     return name if len(name) <= 120 else f"{name[:100]}~{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 

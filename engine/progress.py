@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from threading import RLock
 
 from tqdm import tqdm
 
 from engine.metrics import AccuracyMatrix
 from engine.options import Options
-from engine.training import Epoch
+from engine.standing import Epoch
+from gradproj import GradientProjectionMemory
 from gradproj.errors import InputError
-from gradproj.memory import GradientProjectionMemory
+
+# A lock of this process alone: tqdm's own is shared with forked processes, and one that is killed may hold it for ever.
+tqdm.set_lock(RLock())
 
 
 class Progress:

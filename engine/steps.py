@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.fused import FusedChain, chain_outputs
 from engine.method import Method
-from engine.options import Options
+from engine.seeds import derived_seed, generator
 from engine.task import Split, Task, batches
 
 WARM_UP_STEPS = 3  # eager steps before a capture: they make cuBLAS and cuDNN allocate and choose what they need
@@ -25,20 +25,26 @@ class Steps(Protocol):
     """Goes through a task's training images once."""
 
     def epoch(self, order: Tensor, lr: float) -> float:
-        """Train on the images in `order` (n,) at a learning rate; returns the mean loss over them while training."""
+        """Train on the images in `order` (n,) at the learning rate that the optimiser has; returns the mean loss."""
         ...
 
 
-def make_steps(method: Method, optimizer: torch.optim.Optimizer, t: int, task: Task, options: Options) -> Steps:
+def make_steps(method: Method, optimizer: torch.optim.Optimizer, t: int, task: Task) -> Steps:
     """The fastest form of a task's training steps that fits the method, the model and the device."""
-    device = task.train.images.device.type
-    if options.step == "auto" and method.has_plain_step:
-        plain_sgd = options.momentum == 0 and options.amp == "off"
-        if device == "cpu" and plain_sgd and is_plain_chain(method.model, optimizer, t, task.train.images[:2]):
+    device, options = task.train.images.device.type, method.options
+    if options.step == "auto" and device == "cpu" and method.plain_step and options.amp == "off":
+        if is_plain_sgd(optimizer) and is_plain_chain(method.model, optimizer, t, task.train.images[:2]):
             return FusedSteps(method, task.train, options.batch_size_train)
-        if device == "cuda":
-            return GraphSteps(method, optimizer, t, task.train, options)
-    return EagerSteps(method, optimizer, t, task.train, options)
+    if options.step == "auto" and device == "cuda" and (method.plain_step or method.graph_step):
+        return GraphSteps(method, optimizer, t, task.train)
+    return EagerSteps(method, optimizer, t, task.train)
+
+
+def is_plain_sgd(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step of an optimiser is W ← W - lr G and nothing else."""
+    return type(optimizer) is torch.optim.SGD and not any(
+        group["momentum"] or group["weight_decay"] or group["maximize"] for group in optimizer.param_groups
+    )
 
 
 def is_plain_chain(model: nn.Module, optimizer: torch.optim.Optimizer, t: int, images: Tensor) -> bool:
@@ -70,33 +76,24 @@ class FusedSteps:
         self.chain = FusedChain(layers, projectors, train)
 
     def epoch(self, order: Tensor, lr: float) -> float:
-        """See Steps."""
         return self.chain.epoch(order, list(batches(len(order), self.batch_size)), lr)
 
 
 class EagerSteps:
     """Forward, backward and optimiser by autograd, with the method's say at each moment."""
 
-    def __init__(
-        self, method: Method, optimizer: torch.optim.Optimizer, t: int, train: Split, options: Options
-    ) -> None:
+    def __init__(self, method: Method, optimizer: torch.optim.Optimizer, t: int, train: Split) -> None:
         self.method, self.optimizer, self.t, self.train = method, optimizer, t, train
-        self.batch_size, self.amp = options.batch_size_train, options.amp
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Learn from a batch; returns its mean loss, still on the device."""
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp == "bf16"):
-            loss = self.method.loss(images, labels, self.t)
-        loss.backward()
-        self.method.after_backward(self.t)
+        loss = self.method.backward(images, labels, self.t)
         self.optimizer.step()
         self.method.after_step(self.t)
-        return loss.detach()
+        return loss
 
     def epoch(self, order: Tensor, lr: float) -> float:
-        """See Steps."""
-        set_learning_rate(self.optimizer, lr)
         return self.walk(order, self.step)
 
     def walk(self, order: Tensor, step: Callable[[Tensor, Tensor], Tensor]) -> float:
@@ -105,7 +102,7 @@ class EagerSteps:
         images, labels = self.train
         order = order.to(labels.device)
         total = torch.zeros((), dtype=torch.float64, device=labels.device)
-        for start, stop in batches(len(order), self.batch_size):
+        for start, stop in batches(len(order), self.method.options.batch_size_train):
             index = order[start:stop]
             total += step(images[index], labels[index]) * (stop - start)
         return total.item() / len(order)
@@ -114,18 +111,14 @@ class EagerSteps:
 class GraphSteps(EagerSteps):
     """Eager steps recorded once as a CUDA graph for each batch size, then replayed without Python or launch cost."""
 
-    def __init__(
-        self, method: Method, optimizer: torch.optim.Optimizer, t: int, train: Split, options: Options
-    ) -> None:
-        super().__init__(method, optimizer, t, train, options)
+    def __init__(self, method: Method, optimizer: torch.optim.Optimizer, t: int, train: Split) -> None:
+        super().__init__(method, optimizer, t, train)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
         self.lr: float | None = None
         self.captures = True
 
     def epoch(self, order: Tensor, lr: float) -> float:
-        """See Steps. A graph holds its learning rate, so a new rate (a few times a task) is captured anew."""
-        if lr != self.lr:
-            set_learning_rate(self.optimizer, lr)
+        if lr != self.lr:  # a graph holds its learning rate, so a new one (a few times a task) is captured anew
             self.graphs, self.lr = {}, lr
         return self.walk(order, self.replay)
 
@@ -138,6 +131,7 @@ class GraphSteps(EagerSteps):
                 reason = (str(error.__context__ or error).splitlines() or ["unknown reason"])[0]
                 warnings.warn(f"no CUDA graph ({reason}); training eagerly", stacklevel=2)
                 self.captures, self.graphs = False, {}
+                forget_capture()
         if not self.captures:  # outside the except clause, whose error would keep the failed attempt's tensors alive
             return self.step(images, labels)
         graph, graph_images, graph_labels, loss = self.graphs[len(images)]
@@ -184,7 +178,21 @@ class GraphSteps(EagerSteps):
             torch.cuda.set_rng_state(random_state)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The rate of all parameter groups."""
+def forget_capture() -> None:
+    """Give the device's generator a state of its own again: after a failed capture it takes itself to be captured, and
+    would refuse the next eager dropout."""
+    random = torch.cuda.default_generators[torch.cuda.current_device()]
+    random.graphsafe_set_state(random.clone_state())
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, start: float) -> None:
+    """Give parameter groups the schedule's rate; one that began at another than `start` falls in proportion."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr if group["initial_lr"] == start else group["initial_lr"] * (lr / start)
+
+
+def seeded_order(method: Method, t: int, epoch: int, labels: Tensor) -> Tensor:
+    """Seed an epoch's random choices by its place alone, so that a resumed run makes the same; returns its order."""
+    seed = method.options.seed
+    torch.manual_seed(derived_seed(seed, "train", t, epoch))
+    return method.order(labels, generator(seed, "order", t, epoch))

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from gradproj.representation import Layer
+from gradproj.layers import Layer
 
 # Bins of ΔW x, in units of the root mean square of the layer's old output W x; the outer ones take all beyond.
 EDGES = np.linspace(-0.5, 0.5, 102)
@@ -38,11 +37,10 @@ def interference(
     found: dict[str, dict[str, Any]] = {}
 
     def compare(layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            apply = F.linear if isinstance(module, nn.Linear) else module._conv_forward
-            moved = apply(args[0], *change[layer.name]).double()
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            moved = layer.apply(args[0], *change[layer.name]).double()
             # Not the module's output: a method may have a hook that changes that, as HAT's gates do.
-            usual = apply(args[0], module.weight, module.bias).double().square().mean().sqrt()
+            usual = layer.apply(args[0], *layer.parameters).double().square().mean().sqrt()
             relative = (moved / usual).nan_to_num(nan=0.0).clamp(EDGES[0], EDGES[-1])
             found[layer.name] = {
                 "ratio": float((moved.square().mean().sqrt() / usual).nan_to_num(nan=0.0)),

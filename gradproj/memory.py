@@ -13,17 +13,13 @@ from torch import Tensor, nn
 
 from gradproj.errors import DivergenceError, InputError
 from gradproj.files import load_tensors, save_tensors
-from gradproj.projection import LayerProjector, full_float32, layer_projector, projected_gradients
-from gradproj.representation import Representation, find_layers, kept_modules, representations
-from gradproj.subspace import RankRule, extend_basis, extend_basis_from_gram
-
-Normalization = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-)
+from gradproj.layers import Layer, find_layers, kept_modules
+from gradproj.normalization import frozen, normalization_parameters
+from gradproj.optimizers import projected_updates
+from gradproj.projection import LayerProjector, full_float32, layer_projector
+from gradproj.protection import Protection, projecting
+from gradproj.representation import Representation, representations
+from gradproj.subspace import RankRule, extend_basis
 
 
 class GradientProjectionMemory:
@@ -59,7 +55,7 @@ class GradientProjectionMemory:
             raise InputError(f"rank_rule is {rank_rule!r}; it must be one of: {', '.join(get_args(RankRule))}")
         self.rank_rule: RankRule = rank_rule
         self.exclude = exclude
-        self.is_protecting = False
+        self._protection: Protection | None = None  # while `protect` is open
         self._warn_of_what_can_forget()
         self.bases: dict[str, Tensor] = {
             key: layer.module.weight.new_zeros(layer.input_size, 0, dtype=torch.float64)
@@ -126,9 +122,15 @@ class GradientProjectionMemory:
             InputError: a protected layer did not run, a name is unknown, or it is called within `protect`.
             DivergenceError: a layer's inputs are infinite or NaN.
         """
+        self._thresholds(threshold)  # before the work
+        self.extend(self.gather(forward, batches, samples), threshold)
+
+    def gather(
+        self, forward: Callable[[Any], Any], batches: Iterable[Any], samples: Mapping[str, int] | None = None
+    ) -> dict[str, Representation]:
+        """The inputs of the protected layers by key: the first half of `update`, with its arguments and errors."""
         if self.is_protecting:
             raise InputError("update within protect() would protect only once that is entered anew; leave it first")
-        thresholds = self._thresholds(threshold)
         for name, count in (samples or {}).items():
             if name not in self.layers or count < 1:
                 raise InputError(
@@ -141,14 +143,20 @@ class GradientProjectionMemory:
         finally:
             for module, mode in training_modes.items():
                 module.training = mode
+        for key, representation in gathered.items():
+            if not representation.is_finite:
+                raise DivergenceError(f"the inputs of layer {key} are infinite or NaN: the network has diverged")
+        return gathered
+
+    def extend(self, gathered: Mapping[str, Representation], threshold: float | Mapping[str, float]) -> None:
+        """Extend the bases by what was gathered: the second half of `update`."""
+        thresholds = self._thresholds(threshold)
         rule = self.rank_rule if self.n_updates == 0 else "paper"
-        extended = {}
-        for layer in self.layers.values():
-            for key in layer.keys:
-                if not gathered[key].is_finite:
-                    raise DivergenceError(f"the inputs of layer {key} are infinite or NaN: the network has diverged")
-                extended[key] = _extend(self.bases[key], gathered[key], thresholds[layer.name], rule)
-        self.bases = extended
+        self.bases = {
+            key: extend_basis(self.bases[key], gathered[key], thresholds[layer.name], rule)
+            for layer in self.layers.values()
+            for key in layer.keys
+        }
         self.n_updates += 1
 
     def _thresholds(self, given: float | Mapping[str, float]) -> dict[str, float]:
@@ -163,7 +171,9 @@ class GradientProjectionMemory:
             raise InputError(f"threshold is {given!r}; it must be a number, or one by layer name") from error
 
     @contextmanager
-    def protect(self) -> Iterator[dict[str, LayerProjector]]:
+    def protect(
+        self, projector: Callable[[Layer], LayerProjector] | None = None
+    ) -> Iterator[dict[str, LayerProjector]]:
         """Within this context training leaves what is remembered alone; before the first update it does nothing.
 
         Gradients of the protected layers come out orthogonal to their bases, and the parameters of normalisation layers
@@ -171,14 +181,54 @@ class GradientProjectionMemory:
 
         With an optimiser that moves weights off the projected gradient (Adam, weight decay, momentum kept from the task
         before), also wrap it in `protect_update`.
+
+        Args:
+            projector: what the gradient of a layer goes through, for methods that project otherwise than orthogonally.
+        Yields:
+            the projectors by layer name.
         """
+        make = projector or (lambda layer: layer_projector(layer, self.bases))
+        projectors = {name: make(layer) for name, layer in self.layers.items()}
         freezing = frozen(normalization_parameters(self.model, self.exclude)) if self.n_updates else nullcontext()
-        with freezing, projected_gradients(self.layers, self.bases) as projectors:
-            self.is_protecting = True
+        with freezing, projecting(projectors) as switch:
+            self._protection = switch
             try:
                 yield projectors
             finally:
-                self.is_protecting = False
+                self._protection = None
+
+    @property
+    def is_protecting(self) -> bool:
+        """Whether `protect` is open."""
+        return self._protection is not None
+
+    @contextmanager
+    def raw(self) -> Iterator[None]:
+        """Within this context, inside `protect`, backward leaves gradients as they are: for an ascent step, or to test
+        them; `project_gradients` projects those that are to be stepped on."""
+        if self._protection is None:
+            yield
+            return
+        self._protection.is_on = False
+        try:
+            yield
+        finally:
+            self._protection.is_on = True
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """Project the gradients that the parameters hold, inside `protect`, as backward outside `raw` would have."""
+        if self._protection is None:
+            return
+        for project in self._protection.projectors.values():
+            weight, bias = project.layer.parameters
+            if weight.grad is None or project.is_idle:
+                continue
+            with full_float32(weight):
+                projected = project(weight.grad, None if bias is None else bias.grad)
+            for parameter, gradient in zip((weight, bias), projected, strict=True):
+                if parameter is not None:
+                    parameter.grad = gradient
 
     @contextmanager
     def protect_update(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
@@ -189,25 +239,7 @@ class GradientProjectionMemory:
         price of a copy of the weights.
         """
         projectors = {name: layer_projector(layer, self.bases) for name, layer in self.layers.items()}
-        before: dict[str, list[Tensor | None]] = {}
-
-        def remember(*_: Any) -> None:
-            for name, layer in self.layers.items():
-                before[name] = [None if p is None else p.detach().clone() for p in _parameters(layer.module)]
-
-        @torch.no_grad()
-        def project(*_: Any) -> None:
-            for name, layer in self.layers.items():
-                if projectors[name].is_idle:
-                    continue
-                old, now = before[name], _parameters(layer.module)
-                with full_float32(now[0]):
-                    moved = projectors[name](*(None if p is None else p - o for p, o in zip(now, old, strict=True)))
-                for parameter, start, step in zip(now, old, moved, strict=True):
-                    if parameter is not None:
-                        parameter.copy_(start + step)
-
-        with optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(project):
+        with projected_updates(optimizer, projectors):
             yield
 
     @torch.no_grad()
@@ -221,10 +253,9 @@ class GradientProjectionMemory:
         """
         ratios = {}
         for name, layer in self.layers.items():
-            weight, bias = layer.module.weight, layer.module.bias
-            rows = (weight - before[f"{name}.weight".lstrip(".")].to(weight)).flatten(1)  # (o, d)
-            if bias is not None:
-                rows = torch.cat([rows, (bias - before[f"{name}.bias".lstrip(".")].to(bias))[:, None]], dim=1)
+            old = [before.get(f"{name}.{part}".lstrip(".")) for part in ("weight", "bias")]
+            moved = [None if p is None else p - o.to(p) for p, o in zip(layer.parameters, old, strict=True)]
+            rows = layer.rows(*moved)  # (o, d)
             for key, part in zip(layer.keys, rows.chunk(layer.groups), strict=True):
                 basis, length = self.bases[key], part.norm().item()
                 with full_float32(part):
@@ -256,33 +287,3 @@ class GradientProjectionMemory:
         if not isinstance(state, dict) or not {"bases", "n_updates"} <= state.keys():
             raise InputError(f"{path} holds no memory; give a file that `save` wrote")
         self.load_state_dict(state)
-
-
-@contextmanager
-def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within this context the parameters get no gradient; those that got none before get none afterwards."""
-    changed = [p for p in parameters if p.requires_grad]
-    for p in changed:
-        p.requires_grad_(False)
-        p.grad = None  # an optimiser would go on using it
-    try:
-        yield
-    finally:
-        for p in changed:
-            p.requires_grad_(True)
-
-
-def normalization_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[nn.Parameter]:
-    """Scales and shifts of a model's normalisation layers, but for those in some modules."""
-    modules = kept_modules(model, exclude).values()
-    return [p for module in modules if isinstance(module, Normalization) for p in module.parameters(recurse=False)]
-
-
-def _parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    return module.weight, module.bias
-
-
-def _extend(basis: Tensor, representation: Representation, threshold: float, rank_rule: RankRule) -> Tensor:
-    if representation.gram is not None:
-        return extend_basis_from_gram(basis, representation.gram, threshold, rank_rule)
-    return extend_basis(basis, representation.columns, threshold, rank_rule)

@@ -1,4 +1,4 @@
-"""Each task's BatchNorm statistics over its whole training set, so that test accuracy does not depend on the batch."""
+"""Normalisation layers: what of them is frozen, and BatchNorm's statistics over a task's whole training set."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gradproj.layers import kept_modules
+
+Normalization = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
 
 Statistics = dict[str, tuple[Tensor, Tensor]]  # by module name: mean and variance (channels,)
 
@@ -65,3 +75,23 @@ def fixed_statistics(model: nn.Module, statistics: Mapping[str, tuple[Tensor, Te
     finally:
         for name in statistics:
             del modules[name].forward
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within this context the parameters get no gradient; those that got none before get none afterwards."""
+    changed = [p for p in parameters if p.requires_grad]
+    for p in changed:
+        p.requires_grad_(False)
+        p.grad = None  # an optimiser would go on using it
+    try:
+        yield
+    finally:
+        for p in changed:
+            p.requires_grad_(True)
+
+
+def normalization_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[nn.Parameter]:
+    """Scales and shifts of a model's normalisation layers, but for those in some modules."""
+    modules = kept_modules(model, exclude).values()
+    return [p for module in modules if isinstance(module, Normalization) for p in module.parameters(recurse=False)]

@@ -9,19 +9,34 @@ Letters: G (o, d) a layer's weight gradient, M (d, k) its basis, N (d, d - k) of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
+from torch import Tensor
 
 from gradproj.errors import InputError
-from gradproj.representation import Layer
+from gradproj.layers import Layer
 from gradproj.subspace import orthogonal_complement
+
+
+def set_tf32(backend: Any, allow: bool) -> Callable[[], None]:
+    """Let an NVIDIA GPU round the operands of float32 products to TF32, or forbid it; returns what undoes that.
+
+    torch has two kinds of flags for this and refuses to read one where the other was set. So this sets the older kind,
+    which all versions have, and the newer one only where somebody else does.
+
+    Args:
+        backend: torch.backends.cuda.matmul or torch.backends.cudnn.
+        allow: whether to round.
+    """
+    try:
+        name, before, value = "allow_tf32", backend.allow_tf32, allow
+    except RuntimeError:
+        name, before, value = "fp32_precision", backend.fp32_precision, "tf32" if allow else "ieee"
+    setattr(backend, name, value)
+    return lambda: setattr(backend, name, before)
 
 
 @contextmanager
@@ -34,14 +49,11 @@ def full_float32(tensor: Tensor) -> Iterator[None]:
     if not tensor.is_cuda:
         yield
         return
-    flags = torch.backends.cuda.matmul
-    name, exact = ("fp32_precision", "ieee") if hasattr(flags, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(flags, name)
-    setattr(flags, name, exact)
+    undo = set_tf32(torch.backends.cuda.matmul, allow=False)
     try:
         yield
     finally:
-        setattr(flags, name, before)
+        undo()
 
 
 Route = Literal["none", "zero", "subtract", "keep", "dense"]
@@ -119,11 +131,12 @@ class LayerProjector:
     """Projects the gradients of one layer's parameters, of all groups and with the bias as one more input.
 
     Args:
+        layer: whose parameters.
         groups: one for each of the layer's keys.
     """
 
-    def __init__(self, groups: list[Projector]) -> None:
-        self.groups = groups
+    def __init__(self, layer: Layer, groups: list[Projector]) -> None:
+        self.layer, self.groups = layer, groups
 
     @property
     def is_idle(self) -> bool:
@@ -136,16 +149,11 @@ class LayerProjector:
         return all(projector.route == "zero" for projector in self.groups)
 
     def __call__(self, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Project a weight-shaped tensor (o, ...) and a bias-shaped one (o,), together the rows [W, b] (o, d)."""
-        rows = weight.flatten(1)
-        if bias is not None:
-            rows = torch.cat([rows, bias[:, None]], dim=1)
+        """Project a weight-shaped tensor and a bias-shaped one, together the rows [W, b] (o, d)."""
+        rows = self.layer.rows(weight, bias)
         parts = rows.chunk(len(self.groups)) if len(self.groups) > 1 else (rows,)
         parts = [project(part) for project, part in zip(self.groups, parts, strict=True)]
-        rows = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if bias is None:
-            return rows.view_as(weight), None
-        return rows[:, :-1].reshape(weight.shape), rows[:, -1]
+        return self.layer.from_rows(torch.cat(parts) if len(parts) > 1 else parts[0])
 
 
 def layer_projector(layer: Layer, bases: Mapping[str, Tensor]) -> LayerProjector:
@@ -154,127 +162,13 @@ def layer_projector(layer: Layer, bases: Mapping[str, Tensor]) -> LayerProjector
     Raises:
         InputError: the layer's weight trains and its bias does not, or the other way round.
     """
-    weight, bias = layer.module.weight, layer.module.bias
-    project = LayerProjector([orthogonal_projector(bases[key].to(weight.device), weight.dtype) for key in layer.keys])
+    weight, bias = layer.parameters
+    project = LayerProjector(
+        layer, [orthogonal_projector(bases[key].to(weight.device), weight.dtype) for key in layer.keys]
+    )
     if bias is not None and bias.requires_grad != weight.requires_grad and not project.is_idle:
         raise InputError(
             f"of layer {layer.name} either the weight or the bias is frozen, but their directions are remembered "
             "together; train or freeze both"
         )
     return project
-
-
-class _GradientSide(torch.autograd.Function):
-    """The parameters as they are; their gradients projected."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, bias: Tensor | None, project: LayerProjector):
-        ctx.project = project
-        return weight.view_as(weight), None if bias is None else bias.view_as(bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_weight: Tensor, grad_bias: Tensor | None):
-        with full_float32(grad_weight):
-            return *ctx.project(grad_weight, grad_bias), None
-
-
-class _InputSide(torch.autograd.Function):
-    """y = x Wᵀ + b, whose parameter gradients Δᵀ [X, 1] P are made from projected input rows.
-
-    Under autocast the two products of the layer itself run in its dtype, as they would without protection; rows are
-    projected in the weight's dtype, since rounding would put some of the gradient back into the basis.
-    """
-
-    @staticmethod
-    def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None, project: Projector):
-        ctx.save_for_backward(inputs, weight)
-        ctx.project, ctx.has_bias = project, bias is not None
-        return F.linear(inputs, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output: Tensor):
-        inputs, weight = ctx.saved_tensors
-        grad_inputs = (grad_output @ weight.to(grad_output.dtype)).to(inputs.dtype) if ctx.needs_input_grad[0] else None
-        rows = inputs.reshape(-1, inputs.shape[-1]).to(weight.dtype)  # (m, d)
-        if ctx.has_bias:
-            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        deltas = grad_output.reshape(-1, grad_output.shape[-1]).to(weight.dtype)  # (m, o)
-        with full_float32(rows):
-            grad = deltas.T @ ctx.project(rows)  # (o, d)
-        if ctx.has_bias:
-            return grad_inputs, grad[:, :-1], grad[:, -1], None
-        return grad_inputs, grad, None, None
-
-
-class _Still(torch.autograd.Function):
-    """A layer's output as it is; depends on a weight without giving it a gradient, so that backward has where to go."""
-
-    @staticmethod
-    def forward(ctx, output: Tensor, weight: Tensor):
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        return grad_output, None
-
-
-class _ProjectedForward:
-    """A layer's own forward, with projected parameter gradients; a copy of the layer gets its plain forward back."""
-
-    def __init__(self, module: nn.Module, project: LayerProjector) -> None:
-        self.module, self.project = module, project
-
-    def __call__(self, input: Tensor) -> Tensor:
-        module, weight, bias = self.module, self.module.weight, self.module.bias
-        if self.project.is_full:  # the gradient is zero: do not compute it
-            return _Still.apply(self.apply(input, weight.detach(), None if bias is None else bias.detach()), weight)
-        if isinstance(module, nn.Linear) and input.numel() < weight.numel():
-            return _InputSide.apply(input, weight, bias, self.project.groups[0])
-        return self.apply(input, *_GradientSide.apply(weight, bias, self.project))
-
-    def apply(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer with other parameters."""
-        if isinstance(self.module, nn.Linear):
-            return F.linear(input, weight, bias)
-        return self.module._conv_forward(input, weight, bias)
-
-    def __reduce__(self):
-        """Copied or pickled with its layer, it is the layer class's forward, bound to the copy."""
-        return getattr, (self.module, "forward")
-
-
-@contextmanager
-def projected_gradients(
-    layers: Mapping[str, Layer], bases: Mapping[str, Tensor]
-) -> Iterator[dict[str, LayerProjector]]:
-    """Within this context, backward gives the layers' parameters gradients orthogonal to their bases.
-
-    The projection is a property of the layers, so any optimiser, gradient accumulation, AMP and data-parallel training
-    see projected gradients. A full layer gets no gradient at all (None).
-
-    Args:
-        layers: the layers to protect, by name.
-        bases: (d, k) for each key of each layer.
-    """
-    projectors = {name: layer_projector(layer, bases) for name, layer in layers.items()}
-    with projecting(layers, projectors):
-        yield projectors
-
-
-@contextmanager
-def projecting(layers: Mapping[str, Layer], projectors: Mapping[str, LayerProjector]) -> Iterator[None]:
-    """Within this context, the layers' parameter gradients go through projectors of any kind, by layer name."""
-    busy = {name: project for name, project in projectors.items() if not project.is_idle}
-    for name in busy:  # all before any is replaced, so that a refusal leaves nothing behind
-        module = layers[name].module
-        if vars(module).get("forward", plain := MethodType(type(module).forward, module)) != plain:
-            raise RuntimeError(f"the forward of layer {name} is replaced already: two protections cannot nest")
-    for name, project in busy.items():
-        layers[name].module.forward = _ProjectedForward(layers[name].module, project)
-    try:
-        yield
-    finally:
-        for name in busy:
-            del layers[name].module.forward

@@ -11,12 +11,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gradproj.representation import Representation
+
 RankRule = Literal["paper", "released"]
 
 EPS = torch.finfo(torch.float64).eps
 
 
-def extend_basis(basis: Tensor, representation: Tensor, threshold: float, rank_rule: RankRule = "paper") -> Tensor:
+def extend_basis(
+    basis: Tensor, representation: Tensor | Representation, threshold: float, rank_rule: RankRule = "paper"
+) -> Tensor:
     """Append the directions that a task needs to one layer's basis (paper Eqs. 5, 8 and 9).
 
     With an empty basis this is Eq. 5: the fewest leading left singular vectors of R that hold `threshold` of ‖R‖².
@@ -24,7 +28,7 @@ def extend_basis(basis: Tensor, representation: Tensor, threshold: float, rank_r
 
     Args:
         basis: (d, k), orthonormal columns; k may be 0.
-        representation: (d, n), one sample or patch a column, any floating dtype.
+        representation: (d, n), one sample or patch a column, any floating dtype; or gathered bit by bit.
         threshold: ε, the fraction of the squared Frobenius norm to hold, in (0, 1].
         rank_rule: "released" appends one direction fewer, as the released code does on the first task.
     Returns:
@@ -32,16 +36,30 @@ def extend_basis(basis: Tensor, representation: Tensor, threshold: float, rank_r
     Raises:
         ValueError: the row counts disagree, the threshold is out of range, or the representation is not finite.
     """
-    d, n = representation.shape
-    if n >= d:
-        columns = representation.double()
-        return extend_basis_from_gram(basis, columns @ columns.T, threshold, rank_rule)
-    _check(basis, representation, threshold)
+    if isinstance(representation, Tensor):
+        representation = Representation(len(representation)).add(representation)
+    d = representation.d
+    if basis.shape[0] != d:
+        raise ValueError(f"basis has {basis.shape[0]} rows, representation {d}; both must be the layer's input size")
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold is {threshold}; it must be in (0, 1]")
+    if not representation.is_finite:
+        raise ValueError("the representation has infinite or NaN values: the network has diverged")
+    basis = basis.double()
+    if basis.shape[1] == d:
+        return basis
+    if representation.gram is None:
+        return _extend_by_columns(basis, representation.columns, threshold, rank_rule)
+    return _extend_by_gram(basis, representation.gram, threshold, rank_rule)
+
+
+def _extend_by_columns(basis: Tensor, representation: Tensor, threshold: float, rank_rule: RankRule) -> Tensor:
+    """From R (d, n) with n < d: a thin SVD of the residual within its numerical rank."""
     # Energy below the rounding of the representation's own dtype is noise, not a direction.
-    noise = max(d, n) * torch.finfo(representation.dtype).eps ** 2
-    basis, columns = basis.double(), representation.double()
+    noise = len(basis) * torch.finfo(representation.dtype).eps ** 2
+    columns = representation.double()
     total = columns.square().sum()
-    if total == 0 or basis.shape[1] == d:
+    if total == 0:
         return basis
     residual = _remove(basis, _remove(basis, columns))  # twice: once leaves rounding of M's size behind
     directions, singular_values, _ = torch.linalg.svd(residual, full_matrices=False)  # (d, n), (n,)
@@ -53,21 +71,14 @@ def extend_basis(basis: Tensor, representation: Tensor, threshold: float, rank_r
     return torch.cat([basis, new], dim=1)
 
 
-def extend_basis_from_gram(basis: Tensor, gram: Tensor, threshold: float, rank_rule: RankRule = "paper") -> Tensor:
-    """`extend_basis` from C = R Rᵀ alone, for any number of samples in d² memory.
+def _extend_by_gram(basis: Tensor, gram: Tensor, threshold: float, rank_rule: RankRule) -> Tensor:
+    """From C = R Rᵀ (d, d) float64.
 
     The eigenvectors of Nᵀ C N are the new directions inside the complement of the basis, so N V is orthonormal and
     orthogonal to M by construction, also where R̂ has no energy.
-
-    Args:
-        basis: (d, k), orthonormal columns.
-        gram: (d, d) float64, R Rᵀ.
-        threshold, rank_rule, Returns, Raises: as in `extend_basis`.
     """
-    _check(basis, gram, threshold)
-    basis, d = basis.double(), gram.shape[0]
-    total = gram.trace()
-    if total == 0 or basis.shape[1] == d:
+    d, total = len(gram), gram.trace()
+    if total == 0:
         return basis
     # (d, d - k); while M is empty all of R is inside, and three d x d products are spared.
     complement = orthogonal_complement(basis) if basis.shape[1] else None
@@ -109,15 +120,3 @@ def orthogonal_complement(basis: Tensor) -> Tensor:
 def _remove(basis: Tensor, columns: Tensor) -> Tensor:
     """R - M Mᵀ R (paper Eq. 8)."""
     return columns - basis @ (basis.T @ columns)
-
-
-def _check(basis: Tensor, representation: Tensor, threshold: float) -> None:
-    if basis.shape[0] != representation.shape[0]:
-        raise ValueError(
-            f"basis has {basis.shape[0]} rows, representation {representation.shape[0]}; "
-            "both must be the layer's input size"
-        )
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold is {threshold}; it must be in (0, 1]")
-    if not torch.isfinite(representation).all():
-        raise ValueError("the representation has infinite or NaN values: the network has diverged")

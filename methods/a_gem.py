@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from methods.parts.replay import Replay
 
@@ -16,25 +17,24 @@ class AGEM(Replay):
     Differs: the paper learns from a stream seen once; here tasks take many epochs, and the memory is filled at the end
     of each (see Replay).
 
-    Hyperparameters: `memory_images` (default: the size of the largest GPM) and `replay_batch` (256, the paper's for
-    permuted MNIST: with the 10 images of a training batch g_ref is so noisy that most conflicts go unseen).
-
-    Stores the images of the memory.
+    By default 256 images are replayed, the paper's number for permuted MNIST: with the 10 images of a training batch
+    g_ref is so noisy that most conflicts go unseen.
     """
 
-    name = "a_gem"
-    usual_batch = 256
+    name, title, place = "a_gem", "A-GEM", 5
+    defaults = {"replay_batch": 256}
 
-    def after_backward(self, t: int) -> None:
-        """Project the gradient where it conflicts with the memory."""
-        loss, _ = self.replayed_loss()
-        if loss is None:
-            return
+    def backward(self, images: Tensor, labels: Tensor, t: int) -> Tensor:
+        mean_loss = super().backward(images, labels, t)
+        replayed, _ = self.replayed_loss()
+        if replayed is None:
+            return mean_loss
         parameters = self.parameters(t)
-        reference = torch.autograd.grad(loss, parameters, allow_unused=True)  # leaves .grad as it is
+        reference = torch.autograd.grad(replayed, parameters, allow_unused=True)  # leaves .grad as it is
         pairs = [(p, r) for p, r in zip(parameters, reference, strict=True) if r is not None]
         product = sum((p.grad * r).sum() for p, r in pairs if p.grad is not None)
         # No conflict, no change: the factor is zero then. An `if` would wait for the device at every step.
         factor = (product / sum(r.square().sum() for _, r in pairs)).clamp(max=0).nan_to_num()
         for p, r in pairs:
             p.grad = -factor * r if p.grad is None else p.grad - factor * r
+        return mean_loss

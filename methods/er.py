@@ -15,13 +15,9 @@ class ER(Replay):
 
     Differs: the paper learns from a stream seen once and stores as it goes, so its memory also holds the task at hand.
     Here tasks take many epochs, and the memory holds earlier tasks only (see Replay).
-
-    Hyperparameters: `memory_images` (default: the size of the largest GPM) and `replay_batch` (default: |B|).
-
-    Stores the images of the memory.
     """
 
-    name = "er"
+    name, title, place = "er", "ER-Res", 6
 
     def loss(self, images: Tensor, labels: Tensor, t: int) -> Tensor:
         """The mean loss over the batch and what is replayed with it."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.method import Method, task_heads
-from engine.options import Options
+from engine.method import Method
+from engine.options import Options, defaults
 from engine.seeds import generator
 from engine.task import Split, Task, batches
+from gradproj import GradientProjectionMemory
 from gradproj.errors import InputError
-from gradproj.memory import GradientProjectionMemory
+from gradproj.layers import Layer
+from gradproj.projection import LayerProjector, layer_projector
+
+Forward = Callable[[Tensor], Tensor]
 
 
 class GPM(Method):
@@ -25,17 +27,20 @@ class GPM(Method):
     and normalisation parameters are frozen. After each task the basis grows by the directions that hold the fraction
     ε of the energy of the layer's inputs (Eqs. 5, 8 and 9). Heads are not protected: each belongs to one task.
 
-    Hyperparameters: `threshold` (ε), `threshold_step` (added to ε with every task), `n_samples` and `samples` (the
-    images whose inputs are decomposed), the paper's for each benchmark in its script.
+    Successors change one of three moments: which `projector` a layer's gradient goes through, what the network as
+    `testing` sees it computes, and what they `remember` of a task.
 
     Stores Σ d·k floats over the layers' bases.
     """
 
-    name = "gpm"
+    name, title, place = "gpm", "GPM", 0
+    reads = ("threshold", "threshold_step", "n_samples", "samples")
+    plain_step = True
+    state = ("memory",)
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
-        self.memory = GradientProjectionMemory(model, task_heads(model), rank_rule=options.protocol)
+        self.memory = GradientProjectionMemory(model, exclude=self.task_module_names, rank_rule=options.protocol)
         names = list(self.memory.layers)
         if len(options.threshold) not in (1, len(names)):
             raise InputError(
@@ -49,14 +54,27 @@ class GPM(Method):
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
         """Train with projected gradients."""
-        with self.memory.protect() as self.projectors:
+        with self.memory.protect(projector=self.projector) as self.projectors:
             yield
 
+    def projector(self, layer: Layer) -> LayerProjector:
+        """What a layer's gradient goes through: G ← G - (G M) Mᵀ."""
+        return layer_projector(layer, self.memory.bases)
+
     def after_task(self, t: int, task: Task) -> None:
-        """Extend the bases by what the task uses."""
-        epsilon = {name: min(1.0, value + self.options.threshold_step * t) for name, value in self.thresholds.items()}
+        """Remember what the task uses of the network as it is tested."""
         images, samples = self.representative(t, task.train)
-        self.memory.update(lambda batch: self.model(batch, t), images, epsilon, samples)
+        with self.testing(t):
+            self.remember(t, lambda batch: self.model(batch, t), images, samples)
+
+    def remember(self, t: int, forward: Forward, images: Iterable[Tensor], samples: dict[str, int]) -> None:
+        """Extend the bases to the fraction ε of the energy of the layers' inputs."""
+        self.memory.update(forward, images, self.epsilon(t), samples)
+
+    def epsilon(self, t: int) -> dict[str, float]:
+        """ε by layer name after task t."""
+        step = self.options.threshold_step * t
+        return {name: min(1.0, value + step) for name, value in self.thresholds.items()}
 
     def representative(self, t: int, train: Split) -> tuple[Iterable[Tensor], dict[str, int]]:
         """Batches of random training images, and how many of each every layer uses."""
@@ -65,20 +83,8 @@ class GPM(Method):
         if self.options.n_samples != "all":
             return [train.images[order[: self.options.n_samples]]], self.samples
         # Batches of the usual size, so that batch statistics mean the same as with few samples.
-        size = next(field.default for field in dataclasses.fields(self.options) if field.name == "n_samples")
+        size = defaults(type(self.options), type(self))["n_samples"]
         return (train.images[order[start:stop]] for start, stop in batches(len(order), size)), {}
-
-    def memory_floats(self) -> int:
-        """Σ d·k."""
-        return sum(basis.numel() for basis in self.memory.bases.values())
-
-    def state_dict(self) -> dict[str, Any]:
-        """The bases."""
-        return self.memory.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over saved bases."""
-        self.memory.load_state_dict(state)
 
 
 def samples_by_layer(samples: dict[str, int], layers: list[str]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.method import Method, shared_layers
-from engine.options import Options
+from engine.method import Method
+from engine.options import Options, flag
 from engine.seeds import generator
 from engine.task import Task
 from gradproj.errors import InputError
@@ -38,22 +38,25 @@ class HAT(Method):
     but the heads; which units feed which layer is found when the first task begins (methods/parts/units.py). The
     embeddings become parameters of the model (`hat_embeddings`), and so part of its weights on disk.
 
-    Hyperparameters: `hat_smax` (s_max, 400) and `hat_sparsity` (c, 0.75), the paper's for every benchmark; so is the
-    learning rate, 0.05 unless --lr says another.
+    All hyperparameters are the paper's, for every benchmark.
 
     Stores the embeddings of all tasks and one cumulative gate for each unit.
     """
 
-    name = "hat"
-    learning_rate = 0.05
+    name, title, place = "hat", "HAT", 8
+    flags = {
+        "hat_smax": flag(400.0, "slope of the gates at test; in training it begins at its inverse", minimum=1),
+        "hat_sparsity": flag(0.75, "weight of the penalty on units that no earlier task uses", minimum=0),
+    }
+    defaults = {"lr": 0.05}
+    heads = "many"
+    task_identity = True
+    state = ("past", "norms", "sources")
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
-        if not hasattr(model, "heads"):
-            raise InputError(
-                f"hat gates units by task, so it needs a head for each task: {type(model).__name__} has one"
-            )
-        self.layers = shared_layers(model)
+        options = self.options
+        self.layers = self.shared_layers()
         self.slope, self.step, self.n_batches, self.task = options.hat_smax, 0, 1, 0
         self.norms: dict[str, str] = {}  # by layer, the normalisation that completes its units
         self.sources: dict[str, list[str]] = {}  # by layer, the layers whose units feed it; none: the images
@@ -63,7 +66,7 @@ class HAT(Method):
             if layer.groups > 1:
                 raise InputError(f"hat cannot gate layer {name}: it is a convolution in groups")
             weight, random = layer.module.weight, generator(options.seed, "hat", name)
-            start = torch.randn(len(model.heads), len(weight), generator=random)
+            start = torch.randn(len(self.task_modules), len(weight), generator=random)
             self.embeddings[name] = nn.Parameter(start.to(weight))
             self.past[name] = weight.new_zeros(len(weight))
         model.hat_embeddings = nn.ParameterList(self.embeddings.values())
@@ -74,8 +77,9 @@ class HAT(Method):
         self.norms, self.sources = norms, sources
         modules = dict(self.model.named_modules())
         protected = {*norms.values(), *self.layers, "hat_embeddings"}
-        for name, _ in self.model.named_parameters():
-            if name.rpartition(".")[0] not in protected and not name.startswith("heads."):
+        of_tasks = {id(p) for owned in self.task_modules for module in owned for p in module.parameters()}
+        for name, p in self.model.named_parameters():
+            if name.rpartition(".")[0] not in protected and id(p) not in of_tasks:
                 raise InputError(f"hat cannot protect {name}: it belongs to no unit of a Linear or convolution")
         for name in self.layers:
             modules[norms.get(name, name)].register_forward_hook(partial(self.apply_gate, name))
@@ -113,8 +117,13 @@ class HAT(Method):
         used = sum((self.gate(name) * free[name]).sum() for name in self.layers)
         return loss + self.options.hat_sparsity * used / sum(f.sum() for f in free.values()).clamp(min=1e-8)
 
+    def backward(self, images: Tensor, labels: Tensor, t: int) -> Tensor:
+        loss = super().backward(images, labels, t)
+        self.scale_gradients(t)
+        return loss
+
     @torch.no_grad()
-    def after_backward(self, t: int) -> None:
+    def scale_gradients(self, t: int) -> None:
         """Hold back what earlier tasks use, and compensate the embeddings' gradients for the slope."""
         for parameter, factor in self.factors():
             if parameter.grad is not None:
@@ -154,15 +163,10 @@ class HAT(Method):
         }
 
     def memory_floats(self) -> int:
-        """Embeddings and cumulative gates."""
         return sum(value.numel() for values in (self.embeddings, self.past) for value in values.values())
 
-    def state_dict(self) -> dict[str, Any]:
-        """The cumulative gates and what is gated; embeddings are in the model."""
-        return {"past": dict(self.past), "norms": self.norms, "sources": self.sources}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over saved gates."""
-        self.past = {name: value.to(self.past[name]) for name, value in state["past"].items()}
-        if state["sources"] and not self.sources:
-            self.install(state["norms"], state["sources"])
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        begun = bool(self.sources)
+        super().load_state_dict(saved)
+        if self.sources and not begun:
+            self.install(self.norms, self.sources)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from engine.method import Method, trainable_parameters
+from engine.method import Method
 from engine.task import Task
 from methods.parts.replay import has_batch_statistics, mixed_loss
 
@@ -23,22 +19,21 @@ class Multitask(Method):
     A batch mixes tasks, unless the network normalises by the statistics of the batch: then each batch is of one task,
     in random turns, since a test batch is of one task too.
 
-    Has no hyperparameters. Stores every task's training images, which is what `memory_floats` counts.
+    Stores every task's training images, which is what `memory_floats` counts.
     """
 
-    name = "multitask"
+    name, title, place = "multitask", "Multitask", 2
     joint = True
+    state = ("floats",)
     floats = 0
 
-    @contextmanager
-    def learning(self, t: int, task: Task) -> Iterator[None]:
-        """Takes note of the size of the union."""
+    def before_task(self, t: int, task: Task) -> None:
+        """Take note of the size of the union."""
         self.floats = task.train.images.numel()
-        yield
 
     def parameters(self, t: int) -> list[nn.Parameter]:
         """Shared parameters and the heads of all tasks."""
-        return trainable_parameters(self.model, range(t + 1))
+        return self.trainable(range(t + 1))
 
     def order(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """All images shuffled; or shuffled batches of one task each, then what is left over of each task.
@@ -48,29 +43,20 @@ class Multitask(Method):
         if not has_batch_statistics(self.model):
             return super().order(labels, generator)
         tasks, size = labels[:, 1].cpu(), self.options.batch_size_train
-        full, rest = [], []
+        full, partial = [], []
         for j in tasks.unique():
             mine = (tasks == j).nonzero()[:, 0]
             for batch in mine[torch.randperm(len(mine), generator=generator)].split(size):
                 if len(batch) == size:
                     full.append(batch)
                 elif len(batch) > 1:
-                    rest.append(batch)
-        shuffled = [parts[i] for parts in (full, rest) for i in torch.randperm(len(parts), generator=generator)]
+                    partial.append(batch)
+        shuffled = [parts[i] for parts in (full, partial) for i in torch.randperm(len(parts), generator=generator)]
         return torch.cat(shuffled)
 
     def loss(self, images: Tensor, labels: Tensor, t: int) -> Tensor:
         """The mean loss over a batch of joined tasks, whose labels are (label, task)."""
-        return mixed_loss(self.model, images, labels[:, 0], labels[:, 1].cpu())
+        return mixed_loss(self, images, labels[:, 0], labels[:, 1].cpu())
 
     def memory_floats(self) -> int:
-        """All training images."""
         return self.floats
-
-    def state_dict(self) -> dict[str, Any]:
-        """The size of the union."""
-        return {"floats": self.floats}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the size."""
-        self.floats = state["floats"]

@@ -1,11 +1,10 @@
 """Naive fine-tuning: each task as if there had been none before it, the lower bound."""
 
-from __future__ import annotations
-
 from engine.method import Method
 
 
 class Naive(Method):
     """Plain SGD on one task after another. Stores nothing."""
 
-    name = "naive"
+    name, title, place = "naive", "naive", 1
+    plain_step = True

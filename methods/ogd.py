@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -9,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from engine.method import Method
-from engine.options import Options
+from engine.options import Options, flag
 from engine.seeds import generator
 from engine.task import Task
 from gradproj.errors import InputError
+from gradproj.layers import Layer, find_layers
 from gradproj.projection import full_float32
-from gradproj.representation import Layer, find_layers, input_columns
 
 
 class Factors(NamedTuple):
@@ -38,21 +39,21 @@ class OGD(Method):
 
     For single-head benchmarks only, as in the paper's comparison, and networks whose every parameter is a Linear's.
 
-    Hyperparameters: `ogd_samples` (200 a task, the paper's number). Outputs stay to first order only, so steps must be
-    small: the learning rate is the paper's 0.001 unless --lr says another.
+    Outputs stay to first order only, so steps must be small: the learning rate is the paper's 0.001.
 
     Stores `ogd_samples` · Σ (o + d) floats a task: 238,800 for permuted MNIST's network, where V would take 18 million.
     """
 
-    name = "ogd"
-    learning_rate = 0.001
+    name, title, place = "ogd", "OGD", 9
+    flags = {
+        "ogd_samples": flag(200, "images of each task whose logit gradients are stored; the paper's number", above=0)
+    }
+    defaults = {"lr": 0.001}
+    heads = "one"
+    state = ("factors",)
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
-        if hasattr(model, "heads"):
-            raise InputError(
-                f"ogd is for one head that all tasks share; {type(model).__name__} has a head for each task"
-            )
         self.layers = {name: layer for name, layer in find_layers(model).items() if isinstance(layer.module, nn.Linear)}
         covered = {id(p) for layer in self.layers.values() for p in layer.module.parameters()}
         for name, p in model.named_parameters():
@@ -61,17 +62,21 @@ class OGD(Method):
         self.factors: dict[str, Factors] = {}
         self.inverse: Tensor | None = None  # (Vᵀ V)⁺ (m, m)
 
-    @torch.no_grad()
-    def after_backward(self, t: int) -> None:
-        """Project the gradient."""
-        if self.inverse is None:
-            return
-        with full_float32(self.inverse):
-            self.project()
+    def backward(self, images: Tensor, labels: Tensor, t: int) -> Tensor:
+        loss = super().backward(images, labels, t)
+        if self.inverse is not None:
+            with full_float32(self.inverse):
+                self.project()
+        return loss
 
+    @torch.no_grad()
     def project(self) -> None:
         """g ← g - V (Vᵀ V)⁺ Vᵀ g."""
-        gradients = {name: _rows(layer) for name, layer in self.layers.items() if layer.module.weight.grad is not None}
+        gradients = {}  # G of [W, b] (o, d)
+        for name, layer in self.layers.items():
+            weight, bias = layer.parameters
+            if weight.grad is not None:
+                gradients[name] = layer.rows(weight.grad, None if bias is None else bias.grad)
         products = sum(
             ((self.factors[name].inputs @ G.T) * self.factors[name].deltas).sum(1) for name, G in gradients.items()
         )
@@ -79,10 +84,10 @@ class OGD(Method):
         for name, G in gradients.items():
             deltas, inputs = self.factors[name]
             G = G.addmm((deltas * coefficients[:, None]).T, inputs, alpha=-1)  # (o, d)
-            module = self.layers[name].module
-            module.weight.grad.copy_(G[:, : module.in_features])
-            if module.bias is not None:
-                module.bias.grad.copy_(G[:, -1])
+            layer = self.layers[name]
+            for parameter, projected in zip(layer.parameters, layer.from_rows(G), strict=True):
+                if parameter is not None:
+                    parameter.grad.copy_(projected)
 
     def after_task(self, t: int, task: Task) -> None:
         """Store the gradients of some of the task's logits."""
@@ -106,7 +111,7 @@ class OGD(Method):
                     raise InputError(
                         f"ogd needs layers that see one vector an image, once; {layer.name} is another kind"
                     )
-                inputs[layer.name] = input_columns(layer, args[0].detach())[0].T.contiguous()
+                inputs[layer.name] = layer.columns(args[0].detach())[0].T.contiguous()
                 outputs[layer.name] = output
 
             return hook
@@ -119,20 +124,9 @@ class OGD(Method):
         deltas = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), list(outputs.values()))
         return {name: Factors(delta, inputs[name]) for name, delta in zip(outputs, deltas, strict=True)}
 
-    def memory_floats(self) -> int:
-        """The factors; the inverse follows from them."""
-        return sum(part.numel() for factors in self.factors.values() for part in factors)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The factors by layer name."""
-        return {"factors": {name: factors._asdict() for name, factors in self.factors.items()}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over saved factors."""
-        self.factors = {
-            name: Factors(**{part: value.to(self.layers[name].module.weight.device) for part, value in parts.items()})
-            for name, parts in state["factors"].items()
-        }
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        super().load_state_dict(saved)
+        self.factors = {name: Factors(**parts) for name, parts in self.factors.items()}
         self.inverse = pseudo_inverse(self.factors) if self.factors else None
 
 
@@ -152,9 +146,3 @@ def pseudo_inverse(factors: dict[str, Factors]) -> Tensor:
     kept = energies > noise * energies[-1]
     vectors = vectors[:, kept]
     return ((vectors / energies[kept]) @ vectors.T).to(dtype)
-
-
-def _rows(layer: Layer) -> Tensor:
-    """The gradient of [W, b] (o, d)."""
-    module = layer.module
-    return module.weight.grad if module.bias is None else torch.cat([module.weight.grad, module.bias.grad[:, None]], 1)

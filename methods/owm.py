@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.method import Method, shared_layers, task_heads
-from engine.options import Options
+from engine.method import Method
+from engine.options import Options, flag
 from engine.seeds import generator
 from engine.task import Task, batches
 from gradproj.errors import InputError
-from gradproj.memory import frozen, normalization_parameters
-from gradproj.projection import LayerProjector, Projector, projecting
-from gradproj.representation import Layer, input_columns
+from gradproj.layers import Layer
+from gradproj.normalization import frozen, normalization_parameters
+from gradproj.projection import LayerProjector, Projector
+from gradproj.protection import projecting
 
 
 class OWM(Method):
@@ -31,17 +31,25 @@ class OWM(Method):
     of the weights that are to be kept. Normalisation parameters are frozen after the first task and heads are not
     protected, as for GPM.
 
-    Hyperparameters: `owm_alpha` (α, 100). It competes with a sum over batches: with more batches a task the same α
-    leaves less freedom.
+    α competes with a sum over batches: with more batches a task the same α leaves less freedom.
 
     Stores Σ d² floats over the layers.
     """
 
-    name = "owm"
+    name, title, place = "owm", "OWM", 7
+    flags = {
+        "owm_alpha": flag(
+            100.0,
+            "α of the projector α (α I + Σ x xᵀ)⁻¹; the larger, the more directions stay free to learn in",
+            above=0,
+        )
+    }
+    plain_step = True
+    state = ("gram",)
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
-        self.layers = shared_layers(model)
+        self.layers = self.shared_layers()
         self.gram = {  # Σ x̄ x̄ᵀ (d, d)
             key: layer.module.weight.new_zeros(layer.input_size, layer.input_size, dtype=torch.float64)
             for layer in self.layers.values()
@@ -68,13 +76,13 @@ class OWM(Method):
             yield
             return
         self.projectors = {
-            name: LayerProjector([Projector("dense", self.matrix(key).to(layer.module.weight)) for key in layer.keys])
+            name: LayerProjector(
+                layer, [Projector("dense", self.matrix(key).to(layer.module.weight)) for key in layer.keys]
+            )
             for name, layer in self.layers.items()
         }
-        with (
-            frozen(normalization_parameters(self.model, task_heads(self.model))),
-            projecting(self.layers, self.projectors),
-        ):
+        scales_and_shifts = normalization_parameters(self.model, self.task_module_names)
+        with frozen(scales_and_shifts), projecting(self.projectors):
             yield
 
     @torch.no_grad()
@@ -85,7 +93,7 @@ class OWM(Method):
         def listen(layer: Layer):
             def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 mean = args[0].double().mean(0, keepdim=True)
-                for key, columns in zip(layer.keys, input_columns(layer, mean), strict=True):
+                for key, columns in zip(layer.keys, layer.columns(mean), strict=True):
                     gram[key].addmm_(columns, columns.T)
 
             return hook
@@ -99,15 +107,3 @@ class OWM(Method):
             for start, stop in batches(len(order), self.options.batch_size_train):
                 self.model(task.train.images[order[start:stop]], t)
         self.gram = gram
-
-    def memory_floats(self) -> int:
-        """Σ d²."""
-        return sum(value.numel() for value in self.gram.values())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Σ x̄ x̄ᵀ."""
-        return {"gram": dict(self.gram)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved Σ x̄ x̄ᵀ."""
-        self.gram = {key: value.to(self.gram[key]) for key, value in state["gram"].items()}

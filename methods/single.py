@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +24,19 @@ class Single(Method):
     Task 0 starts from the model as given. A later task's network has the entries of each initial tensor in a random
     order: initialisers draw them independently, so this is another draw, whatever the distribution.
 
-    Has no hyperparameters. Stores one network for each task; `memory_floats` counts all but the last.
+    Stores one network for each task; `memory_floats` counts all but the last.
     """
 
-    name = "single"
+    name, title, place = "single", "Single", 3
+    plain_step = True
+    task_identity = True
+    one_network = False
+    state = ("initial", "networks")
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
         self.initial = copy(model)
         self.networks: list[Weights] = []
-        self.begun = 0  # the task that the network in the model is for
 
     def fresh(self, t: int) -> Weights:
         """The network that task t starts from."""
@@ -47,13 +49,9 @@ class Single(Method):
             for name, value in self.initial.items()
         }
 
-    @contextmanager
-    def learning(self, t: int, task: Task) -> Iterator[None]:
+    def before_task(self, t: int, task: Task) -> None:
         """Begin anew with each task."""
-        if self.begun != t:
-            self.model.load_state_dict(self.fresh(t))
-            self.begun = t
-        yield
+        self.model.load_state_dict(self.fresh(t))
 
     @contextmanager
     def testing(self, t: int) -> Iterator[None]:
@@ -72,17 +70,6 @@ class Single(Method):
     def memory_floats(self) -> int:
         """The networks of all tasks but the last, which is in the model."""
         return sum(value.numel() for weights in self.networks[:-1] for value in weights.values())
-
-    def state_dict(self) -> dict[str, Any]:
-        """The initial network and those learned."""
-        return {"initial": self.initial, "networks": self.networks, "begun": self.begun}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over saved networks."""
-        devices = {name: value.device for name, value in self.model.state_dict().items()}
-        move = lambda weights: {name: value.to(devices[name]) for name, value in weights.items()}  # noqa: E731
-        self.initial, self.begun = move(state["initial"]), state["begun"]
-        self.networks = [move(weights) for weights in state["networks"]]
 
 
 def copy(model: nn.Module) -> Weights:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradproj.errors import InputError
-
 
 class MLP(nn.Module):
     """Two hidden layers and one output layer that all tasks share (89,400 weights by default).
@@ -19,10 +17,6 @@ class MLP(nn.Module):
 
     def __init__(self, n_inputs: int = 784, n_hidden: int = 100, n_outputs: int = 10) -> None:
         super().__init__()
-        if min(n_inputs, n_hidden, n_outputs) < 1:
-            raise InputError(
-                f"an MLP of {n_inputs}, {n_hidden} and {n_outputs} units; every layer must have at least 1"
-            )
         self.arguments = dict(n_inputs=n_inputs, n_hidden=n_hidden, n_outputs=n_outputs)  # for engine.load_run
         self.fc1 = nn.Linear(n_inputs, n_hidden, bias=False)
         self.fc2 = nn.Linear(n_hidden, n_hidden, bias=False)

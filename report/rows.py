@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.metrics import average_accuracy
-from report.published import BENCHMARKS, METHODS, PUBLISHED, Estimate, Published, reproduced
+from engine.metrics import average_accuracy, forward_transfer, learned, learned_jointly
+from report.published import BENCHMARKS, ORDER, PUBLISHED, Estimate, Published, reproduced
 from report.runs import Run
 
 
@@ -26,9 +26,30 @@ class Row:
     valid_accuracy: Estimate | None  # over all tasks after the last one: what hyperparameters are chosen by
     seconds: float
     hardware: str
+    forward_transfer: Estimate | None = None  # where runs of single networks are at hand
     published: Published | None = None
     verdict: str = "–"  # "yes", "no …", or why the row cannot be compared
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """The method's name as papers print it."""
+        return self.runs[0].summary["title"]
+
+    @property
+    def place(self) -> int | None:
+        """The method's, in the order of colours."""
+        return self.runs[0].summary["place"]
+
+    @property
+    def task_identity(self) -> bool:
+        """Whether at test the method uses which task an image is of, beyond the choice of a head."""
+        return self.runs[0].summary["task_identity"]
+
+    @property
+    def commits(self) -> list[str]:
+        """Of the code that made the runs."""
+        return list(dict.fromkeys(run.summary.get("commit") or "unknown" for run in self.runs))
 
     @property
     def seeds(self) -> list[int]:
@@ -49,11 +70,31 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
         place = [list(names).index(name) if name in names else 99 for names, name in _named(benchmark, method)]
         return place[0], benchmark, data != "real", variant != "default", variant, place[1], method, notes
 
-    return [_row(key, groups[key]) for key in sorted(groups, key=order)]
+    rows = [_row(key, groups[key]) for key in sorted(groups, key=order)]
+    alone = {(row.benchmark, row.data, row.variant): row for row in rows if row.method == "single"}
+    for row in rows:
+        if (single := alone.get((row.benchmark, row.data, row.variant))) is not None:
+            row.forward_transfer = _forward_transfer(row, single)
+    return rows
+
+
+def _forward_transfer(row: Row, single: Row) -> Estimate | None:
+    """FWT of each run against the network of the same seed; against the mean of all where it is not there."""
+    matrices = {run.summary["seed"]: run.summary["accuracy"] for run in single.runs}
+    everything = [list(diagonal) for diagonal in zip(*map(learned, matrices.values()), strict=True)]
+    mean = [statistics.fmean(accuracies) for accuracies in everything]
+    values = []
+    for run in row.runs:
+        accuracy = run.summary["accuracy"]
+        alone = learned(matrices[run.summary["seed"]]) if run.summary["seed"] in matrices else mean
+        if learned_jointly(accuracy) or len(alone) != len(accuracy) or len(accuracy) < 2:
+            return None
+        values.append(forward_transfer(accuracy, alone))
+    return estimate(values)
 
 
 def _named(benchmark: str, method: str) -> tuple:
-    return (BENCHMARKS, benchmark), (METHODS, method)
+    return (BENCHMARKS, benchmark), (ORDER, method)
 
 
 def _row(key: tuple, found: list[Run]) -> Row:
@@ -85,8 +126,6 @@ def _row(key: tuple, found: list[Run]) -> Row:
     # A protocol's notes say what the variant says already; any other tells of images that are not the published ones.
     complete = not other and all(note.startswith("protocol ") for note in notes)
     row.verdict = verdict(row, complete, same_images=_same_images(runs))
-    if row.published and row.published.doubt:
-        row.notes.append(row.published.doubt)
     row.notes += [f"{name}: these are not the published images, their checksums say" for name in other]
     row.notes += [f"{name}: nothing here tells whether these are the published images" for name in _named_by(row, None)]
     if not _same_images(runs):
@@ -152,8 +191,7 @@ def verdict(row: Row, complete: bool, same_images: bool) -> str:
         for name, (ours, paper) in pairs.items()
         if ours and paper and not reproduced(ours, paper)
     ]
-    answer = f"no ({' and '.join(missed)})" if missed else "yes"
-    return f"{answer}, paper's figure unverified" if row.published.doubt else answer
+    return f"no ({' and '.join(missed)})" if missed else "yes"
 
 
 def tidy_hardware(device: str) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from engine.record import load_summary
 from gradproj.errors import InputError
 
 
@@ -62,53 +62,24 @@ def read_run(file: Path) -> Run | Problem:
     """The run that a summary file describes; the file need not exist where a run has only begun."""
     folder = file.parent if file.name == "summary.json" else file
     if not file.exists():
-        return Problem(folder, "unfinished", _position(folder))
-    try:
-        summary = json.loads(file.read_text())
-        fault = "not a JSON object" if not isinstance(summary, dict) else _fault(summary)
-    except (OSError, ValueError, RecursionError) as error:
-        fault = " ".join(str(error).split()) or type(error).__name__
+        return Problem(
+            folder, "unfinished", f"{position_of(folder) or 'no summary.json'}; the same command continues it"
+        )
+    summary, fault = load_summary(file)
     if fault:
         return Problem(folder, "damaged", f"{file.name}: {fault}")
     if not summary["finished"]:
-        return Problem(folder, "unfinished", _position(folder))
+        return Problem(
+            folder, "unfinished", f"{position_of(folder) or 'no summary.json'}; the same command continues it"
+        )
     return Run(folder, summary)
 
 
-def _position(folder: Path) -> str:
-    """How far an unfinished run has come, from its epochs.jsonl."""
+def position_of(folder: Path) -> str:
+    """How far an unfinished run has come, as its folder tells; empty where it tells nothing."""
     try:
         last = json.loads((folder / "epochs.jsonl").read_text().splitlines()[-1])
         n_tasks = json.loads((folder / "config.json").read_text())["hyperparameters"]["n_tasks"]
-        return f"saved at task {last['task'] + 1}/{n_tasks}, epoch {last['epoch']}; the same command continues it"
+        return f"begun: task {last['task'] + 1}/{n_tasks}, epoch {last['epoch']}"
     except (OSError, ValueError, KeyError, IndexError, TypeError):
-        return "no summary.json; the same command continues it"
-
-
-def _fault(summary: dict[str, Any]) -> str:
-    """What keeps a summary from being used; empty if nothing does."""
-
-    def number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-    def matrix(value: Any) -> bool:
-        return (
-            isinstance(value, list)
-            and bool(value)
-            and all(isinstance(row, list) and all(x is None or number(x) for x in row) for row in value)
-        )
-
-    data, seconds = summary.get("data"), summary.get("seconds")
-    notes = data.get("notes", []) if isinstance(data, dict) else None
-    checks = {
-        **{key: isinstance(summary.get(key), str) for key in ("benchmark", "method", "variant", "device")},
-        "seed": isinstance(summary.get("seed"), int),
-        "finished": isinstance(summary.get("finished"), bool),
-        "data": isinstance(notes, list) and isinstance(data.get("kind"), str) and all(type(n) is str for n in notes),
-        "average_accuracy": number(summary.get("average_accuracy")),
-        "backward_transfer": summary.get("backward_transfer") is None or number(summary["backward_transfer"]),
-        "accuracy": matrix(summary.get("accuracy")),
-        "seconds": isinstance(seconds, dict) and number(seconds.get("total")),
-    }
-    wrong = [key for key, fine in checks.items() if not fine]
-    return f"{', '.join(wrong)} missing or of a wrong kind" if wrong else ""
+        return ""

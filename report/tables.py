@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from report.published import BENCHMARKS, METHODS, Estimate
+from report.published import BENCHMARKS, Estimate
 from report.rows import Row
 from report.runs import Problem
 
 NOTHING = "–"
-VALIDATION = "validation %"
+VALIDATION, FORWARD, IDENTITY = "validation %", "FWT", " ‡"
 
 
 def spread(estimate: Estimate | None, form: str) -> str:
@@ -63,10 +63,11 @@ def cells(row: Row, marks: str) -> dict[str, str]:
         "benchmark": BENCHMARKS.get(row.benchmark, row.benchmark) + marks,
         "data": row.data,
         "variant": row.variant,
-        "method": METHODS.get(row.method, row.method),
+        "method": row.title + IDENTITY * row.task_identity,
         VALIDATION: spread(row.valid_accuracy, ".2f"),
         "ACC %": spread(row.accuracy, ".2f"),
         "BWT": spread(row.backward_transfer, "+.2f"),
+        FORWARD: spread(row.forward_transfer, "+.2f"),
         "paper ACC": spread(paper.accuracy, ".2f") if paper else NOTHING,
         "paper BWT": spread(paper.backward_transfer, "g") if paper else NOTHING,
         "reproduced": row.verdict,
@@ -92,11 +93,18 @@ def table(rows: Sequence[Row], validation: bool = False) -> tuple[list[dict[str,
     compared = any(row.published for row in rows)
     dropped = [] if compared else ["paper ACC", "paper BWT", "reproduced"]
     dropped += [] if validation else [VALIDATION]
+    dropped += [] if any(row.forward_transfer for row in rows) else [FORWARD]
     for heading in ("data", "hardware"):
         if len({line[heading] for line in body}) == 1:
             notes.append(f"{heading.capitalize()}: {body[0][heading]}.")
             dropped.append(heading)
     body = [{heading: cell for heading, cell in line.items() if heading not in dropped} for line in body]
+    if any(row.forward_transfer for row in rows):
+        notes.append("FWT: mean over tasks 2 … T of the accuracy just after learning minus a single network's, points.")
+    if any(row.task_identity for row in rows):
+        notes.append(
+            f"{IDENTITY.strip()} At test the method uses which task an image is of, beyond the choice of a head."
+        )
     if any(row.data == "embedded" for row in rows):
         notes.append("Embedded data are rendered glyphs, not the published images: no number on them is a paper's.")
     if compared:
@@ -111,7 +119,7 @@ def as_text(rows: Sequence[Row], problems: Sequence[Problem], validation: bool =
     if body:
         headings = list(body[0])
         width = {h: max(len(h), *(len(line[h]) for line in body)) for h in headings}
-        right = {VALIDATION, "ACC %", "BWT", "paper ACC", "paper BWT", "seeds", "time a run"}
+        right = {VALIDATION, "ACC %", "BWT", FORWARD, "paper ACC", "paper BWT", "seeds", "time a run"}
 
         def joined(line: dict[str, str]) -> str:
             return "  ".join(line[h].rjust(width[h]) if h in right else line[h].ljust(width[h]) for h in headings)
@@ -120,11 +128,19 @@ def as_text(rows: Sequence[Row], problems: Sequence[Problem], validation: bool =
     return _paragraphs([line.rstrip() for line in lines], notes, _problem_lines(problems))
 
 
-def as_markdown(rows: Sequence[Row], problems: Sequence[Problem], validation: bool = False) -> str:
-    """A table with the command of each row."""
+def as_markdown(
+    rows: Sequence[Row], problems: Sequence[Problem], validation: bool = False, without: Collection[str] = ()
+) -> str:
+    """A table with the command of each row, and the commit of the code that ran it.
+
+    Args:
+        rows, problems, validation: as in the other formats.
+        without: headings to leave out.
+    """
     body, notes = table(rows, validation)
     for row, line in zip(rows, body, strict=True):
-        line["command"] = f"`{command(row)}`"
+        line |= {"command": f"`{command(row)}`", "commit": ", ".join(row.commits)}
+    body = [{heading: cell for heading, cell in line.items() if heading not in without} for line in body]
     lines = []
     if body:
         headings = list(body[0])
@@ -151,7 +167,7 @@ def as_latex(rows: Sequence[Row], problems: Sequence[Problem], validation: bool 
 def _latex(text: str) -> str:
     special = {c: f"\\{c}" for c in "&%$#_{}"}
     special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    special |= {"±": r"$\pm$", "–": "--", "…": r"\ldots{}"}
+    special |= {"‡": r"$\ddagger$", "±": r"$\pm$", "–": "--", "…": r"\ldots{}"}
     text = "".join(special.get(c, c) for c in text)
     return f"${text[0]}$" + text[1:] if text[:1] in ("-", "+") and text[1:2].isdigit() else text
 
@@ -170,12 +186,14 @@ def as_csv(rows: Sequence[Row], problems: Sequence[Problem], validation: bool = 
             | {"benchmark": row.benchmark, "data": row.data, "variant": row.variant, "method": row.method}
             | numbers(row.accuracy, "average_accuracy")
             | numbers(row.backward_transfer, "backward_transfer")
+            | numbers(row.forward_transfer, "forward_transfer")
             | (numbers(row.valid_accuracy, "valid_accuracy") if validation else {})
             | {"n": len(row.runs), "seeds": " ".join(map(str, row.seeds)), "seconds": row.seconds}
             | {"hardware": row.hardware}
             | numbers(row.published and row.published.accuracy, "paper_average_accuracy")
             | numbers(row.published and row.published.backward_transfer, "paper_backward_transfer")
             | {"reproduced": row.verdict, "notes": "; ".join(row.notes), "command": command(row), "path": ""}
+            | {"task_identity": row.task_identity, "commit": " ".join(row.commits)}
         )
     headings = list(lines[0]) if lines else ["status", "notes", "path"]
     lines += [{"status": p.status, "notes": p.reason, "path": str(p.path)} for p in problems]

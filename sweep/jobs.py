@@ -1,10 +1,10 @@
-"""Runs as processes, several at a time, here or on a cluster: started, watched by what they print, stopped."""
+"""Runs as processes, several at a time, here or on a cluster: started, watched by what their folders hold, stopped."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,23 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tqdm import tqdm
 
+from engine.experiment import EPOCHS
 from engine.interrupts import ending_with_parent
+from engine.record import read_summary
 from gradproj.errors import InputError
-from report import runs as summaries
 from report import tables
+from report.runs import position_of
 from sweep.cluster import Cluster, RemoteProcess
 
-# What the scripts print, where it is not a terminal.
-EPOCH = re.compile(r"task (\d+)/(\d+) epoch (\d+)/(\d+): (.*)")
-LEARNED = re.compile(r"task \d+/\d+ \(.*?\) learned")
-REMARK = re.compile(r"(continued|note:|warning:) .*")
-FOLDER = re.compile(r"^\s*(\S.*)/summary\.json", re.MULTILINE)
 POLL_SECONDS = 0.3
 STOP_SECONDS = 30  # a stopped run may take this long to save its state
-RUN_BYTES = 5 * 2**30  # of memory that a run may take: joint training on 5-datasets holds 4.3 GiB of images
 
 
 class Job(NamedTuple):
@@ -39,28 +34,33 @@ class Job(NamedTuple):
     name: str  # for people: benchmark method seed
     command: tuple[str, ...]
     log: Path
+    folder: Path
+    hyperparameters: dict[str, Any]  # that decide its numbers
+    n_epochs: int  # of a task, at most
 
 
 @dataclass
 class Running:
-    """A job at work, and what its log has said so far."""
+    """A job at work, and how far it has come."""
 
     job: Job
     process: subprocess.Popen | RemoteProcess
     bar: tqdm
     position: int  # of the bar on the screen
     started: float = field(default_factory=time.monotonic)
-    read: int = 0
-    rest: str = ""
+    size: int = -1  # of its epochs.jsonl when that was read last
+    task: int = 0  # the last that it has begun
 
-    def news(self) -> list[str]:
-        """The whole lines that its log has gained."""
-        with self.job.log.open(errors="replace") as file:
-            file.seek(self.read)
-            text = file.read()
-            self.read = file.tell()
-        *lines, self.rest = (self.rest + text).split("\n")
-        return lines
+    def new_epoch(self) -> dict[str, Any] | None:
+        """The last epoch in its folder, if there is a new one."""
+        try:
+            path = self.job.folder / EPOCHS
+            if (size := path.stat().st_size) == self.size:
+                return None
+            self.size = size
+            return json.loads(path.read_text().rpartition("\n")[0].rpartition("\n")[2])
+        except (OSError, ValueError):  # not there yet, or its last line is only half written
+            return None
 
 
 @dataclass
@@ -71,15 +71,11 @@ class Outcome:
     failed: list[Job] = field(default_factory=list)
 
 
-def finished_folder(job: Job) -> Path | None:
-    """The folder of a job that an earlier sweep has finished, as its log says; None if it has to be (re)started."""
-    try:
-        folders = FOLDER.findall(job.log.read_text(errors="replace"))
-    except OSError:
-        return None
-    if folders and isinstance(summaries.read_run(Path(folders[-1], "summary.json")), summaries.Run):
-        return Path(folders[-1])
-    return None
+def is_finished(job: Job) -> bool:
+    """Whether the job's folder holds the summary of this very run, with nothing left to do."""
+    summary = read_summary(job.folder)
+    wanted = json.loads(json.dumps(job.hyperparameters))
+    return summary is not None and all(summary["hyperparameters"].get(name) == value for name, value in wanted.items())
 
 
 def run_jobs(jobs: Sequence[Job], n_at_once: int, threads: int, cluster: Cluster | None = None) -> Outcome:
@@ -100,9 +96,9 @@ def run_jobs(jobs: Sequence[Job], n_at_once: int, threads: int, cluster: Cluster
         while waiting or running:
             while waiting and len(running) < n_at_once:
                 job = waiting.pop(0)
-                if folder := finished_folder(job):
-                    say(f"{job.name}: finished before, {folder}")
-                    outcome.folders.append(folder)
+                if is_finished(job):
+                    say(f"{job.name}: finished before, {job.folder}")
+                    outcome.folders.append(job.folder)
                     total.update()
                 else:
                     running.append(start(job, environment, running, cluster))
@@ -142,39 +138,40 @@ def start(job: Job, environment: dict[str, str], running: Sequence[Running], clu
                 )
     except OSError as error:
         raise InputError(f"cannot write {job.log}: {error.strerror or error}; choose another --output_dir") from error
-    say(f"{job.name}: started, log {job.log}")
+    found = position_of(job.folder)
+    say(f"{job.name}: started, log {job.log}" + (f", {found}" if found else ""))
     bar = tqdm(total=1, desc=job.name, unit="epoch", position=position, leave=False, dynamic_ncols=True, **_screen())
     return Running(job, process, bar, position)
 
 
 def show(member: Running) -> None:
-    """Bring a job's bar, or the lines about it, up to date."""
-    for line in member.news():
-        match = EPOCH.search(line)
-        if match:
-            task, n_tasks, epoch, n_epochs = map(int, match.groups()[:4])
-            member.bar.total = n_tasks * n_epochs
-            member.bar.n = (task - 1) * n_epochs + epoch
-            member.bar.set_postfix_str(f"task {task}/{n_tasks} {match[5]}", refresh=False)
-        elif match := LEARNED.match(line) or REMARK.match(line):
-            say(f"{member.job.name}: {match[0]}")
+    """Bring a job's bar up to date, and say when it has learned a task."""
+    if epoch := member.new_epoch():
+        n_epochs, n_tasks = member.job.n_epochs, member.job.hyperparameters["n_tasks"]
+        if epoch["task"] > member.task:
+            say(f"{member.job.name}: {epoch['task']} of {n_tasks} tasks learned")
+            member.task = epoch["task"]
+        member.bar.total = n_tasks * n_epochs
+        member.bar.n = epoch["task"] * n_epochs + epoch["epoch"]
+        numbers = f"loss {epoch['train_loss']:.4f}, lr {epoch['lr']:.2g}"
+        member.bar.set_postfix_str(f"task {epoch['task'] + 1}/{n_tasks} {numbers}", refresh=False)
     member.bar.refresh()
 
 
 def conclude(member: Running, code: int, outcome: Outcome) -> None:
     """Say how a job ended."""
     member.bar.close()
-    text = member.job.log.read_text(errors="replace")
-    folders = FOLDER.findall(text)
-    seconds = tables.duration(time.monotonic() - member.started)
-    if code == 0 and folders:
-        result = next((line for line in reversed(text.splitlines()) if "ACC" in line), "finished")
-        say(f"{member.job.name}: {result.rpartition(': ')[2]}, {seconds} in all")
-        outcome.folders.append(Path(folders[-1]))
+    job, seconds = member.job, tables.duration(time.monotonic() - member.started)
+    if code == 0 and (summary := read_summary(job.folder)) is not None:
+        transfer = summary["backward_transfer"]
+        scores = f"ACC {summary['average_accuracy']:.2f} %" + ("" if transfer is None else f", BWT {transfer:+.2f}")
+        say(f"{job.name}: {scores}, {seconds} in all")
+        outcome.folders.append(job.folder)
         return
-    outcome.failed.append(member.job)
-    last = next((line for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
-    say(f"{member.job.name}: FAILED with exit code {code} after {seconds}: {last}")
+    outcome.failed.append(job)
+    lines = job.log.read_text(errors="replace").splitlines()
+    last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    say(f"{job.name}: FAILED with exit code {code} after {seconds}: {last}")
 
 
 def stop(running: Sequence[Running]) -> None:
@@ -200,39 +197,6 @@ def say(text: str) -> None:
 
 def _screen() -> dict[str, Any]:
     return {"file": sys.stdout, "disable": not sys.stdout.isatty()}
-
-
-def available_cores() -> int:
-    """Processor cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # a container's limit, on Linux
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
-
-
-def available_memory() -> int:
-    """Bytes of memory that this machine, or the container this process is in, has in all."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # a container's limit, on Linux
-        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return memory
-
-
-def wanted_threads() -> int | None:
-    """The threads that OMP_NUM_THREADS asks for; None where it says nothing that can be used."""
-    text = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # OpenMP takes one number for each level of nesting
-    return int(text) if text.isdecimal() and int(text) > 0 else None
-
-
-def usual_jobs(n_jobs: int) -> int:
-    """How many of some runs go side by side where nobody says.
-
-    On a CPU two runs with a thread each are done sooner than one after the other with two (docs/performance.md).
-    """
-    if torch.cuda.is_available():
-        return 1
-    return max(1, min(n_jobs, available_cores(), available_memory() // RUN_BYTES))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What the tests share: runs without pictures, and the closing lines of the suite."""
+"""What the tests share: quick runs, and the closing lines of the suite."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from engine import experiment, hardware
-from engine.files import write_text
 
 
 @pytest.fixture(scope="session")
@@ -23,11 +22,8 @@ def real_data_dir() -> Path:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Runs save at each epoch boundary, draw no pictures, and wait neither for the disk nor for git."""
+    """Runs save at each epoch boundary, and wait neither for the disk nor for git."""
     monkeypatch.setattr(experiment, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(experiment.plots, "accuracy_heat_map", lambda *_: None)
-    monkeypatch.setattr(experiment.plots, "memory_growth", lambda *_: None)
-    monkeypatch.setattr(experiment.plots, "save", lambda _figure, path: write_text(path, "a picture"))
     monkeypatch.setattr(hardware, "commit", lambda: "0000")
     monkeypatch.setattr(os, "fsync", lambda _: None)  # it matters when the power fails, not when a process is killed
 

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import engine
-from engine.checkpoint import load_checkpoint
 from engine.cli import script
-from engine.experiment import run
+from engine.folder import load_checkpoint
 from engine.interrupts import stoppable
 from engine.options import Options
 from engine.task import Benchmark, Split, Task
+from tests.tiny import made, run
 
 ENGINE = str(Path(engine.__file__).parent)
 COUNTS: Counter[str] = Counter()  # what was survived, printed at the end of the suite
@@ -94,7 +94,7 @@ def options(folder: Path, **changes: Any) -> Options:
         quiet=True,
         run_folder=str(folder),
     )
-    return Options(**values | changes)
+    return made(values | changes)
 
 
 def small_run(

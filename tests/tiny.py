@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.options import Options
+from engine import experiment
+from engine.options import Options, with_flags
 from engine.task import Benchmark, Split, Task
+from methods import METHODS
 
 N_INPUTS, N_CLASSES = 12, 3
 
@@ -51,7 +53,17 @@ def options(folder: Path, **changes: Any) -> Options:
         "output_dir": str(folder),
         "quiet": True,
     }
-    return Options(**values | changes)
+    return made(values | changes)
+
+
+def made(values: dict[str, Any]) -> Options:
+    """Options with the flags of the method that they name."""
+    return with_flags(Options, METHODS[values.get("method", "gpm")])(**values)
+
+
+def run(options: Options, benchmark: Benchmark, model: nn.Module) -> dict[str, Any]:
+    """A run with the method that the options name."""
+    return experiment.run(options, benchmark, model, METHODS[options.method](model, options))
 
 
 class Network(nn.Module):

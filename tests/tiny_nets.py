@@ -79,13 +79,13 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def learn(method: Method, t: int, steps: int = 5) -> None:
     """A few full-batch steps on a tiny task, then what the method does after it."""
     task = tiny.task(t)
+    method.before_task(t, task)
     with method.learning(t, task):
-        optimizer = torch.optim.SGD(method.parameters(t), lr=0.05)
+        optimizer = method.optimizer(t, lr=0.05)
         method.model.train()
         for _ in range(steps):
             optimizer.zero_grad()
-            method.loss(*task.train, t).backward()
-            method.after_backward(t)
+            method.backward(*task.train, t)
             optimizer.step()
             method.after_step(t)
     method.after_task(t, task)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradproj.errors import DataError
+from dataloader.errors import DataError
 
 
 class RawSet(NamedTuple):

@@ -13,9 +13,9 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from dataloader.errors import DataError
 from dataloader.images import content, notmnist
 from dataloader.images.cache import RawSet
-from gradproj.errors import DataError
 
 TIMEOUT_SECONDS = 10  # of silence on a connection; without internet the user hears of it in seconds
 _DECLARED: list[torch.library.Library] = []  # a declaration lasts as long as its Library object

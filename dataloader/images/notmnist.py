@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from dataloader.errors import DataError
 from dataloader.images.cache import RawSet
 from dataloader.images.content import content_order
-from gradproj.errors import DataError
 
 ARCHIVE = "notMNIST_small.tar.gz"
 URL = f"http://yaroslavvb.com/upload/notMNIST/{ARCHIVE}"

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from dataloader.errors import DataError
 from dataloader.images import cache
 from dataloader.images.cache import SPECS, RawSet
-from gradproj.errors import DataError, InputError
+from gradproj.errors import InputError
 
 NAMES = tuple(SPECS)
 

@@ -2,56 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.method import Method, shared_layers, trainable_parameters
-from engine.options import Options
+from engine.method import Method
+from engine.options import Options, flag
 from engine.seeds import generator
 from engine.task import Split, Task
 
 
+@dataclass(frozen=True)
 class Reservoir:
     """A uniform sample of fixed size of all images offered so far (Vitter 1985, Algorithm R).
 
-    Args:
-        size: most images to hold.
-
     Attributes:
-        images, labels: of the images held, on their device.
+        images, labels: of the images held, on their device; None while there are none.
         tasks: (n,) the task of each, on the CPU.
         seen: images offered so far.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size, self.seen = size, 0
-        self.images: Tensor | None = None
-        self.labels: Tensor | None = None
-        self.tasks = torch.zeros(0, dtype=torch.int64)
+    images: Tensor | None = None
+    labels: Tensor | None = None
+    tasks: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    seen: int = 0
 
     def __len__(self) -> int:
         return len(self.tasks)
 
-    def offer(self, split: Split, t: int, random: torch.Generator) -> None:
-        """Offer each image of task t once, in random order: the i-th ever offered, from 0, goes to a random place in
-        [0, i], instead of the image there; a place beyond the size drops it."""
+    def offer(self, size: int, split: Split, t: int, random: torch.Generator) -> Reservoir:
+        """The reservoir after each image of task t was offered once, in random order.
+
+        The i-th image ever offered, from 0, goes to a random place in [0, i], instead of the image there; a place
+        beyond the size drops it.
+
+        Args:
+            size: most images to hold.
+            split: the images.
+            t: their task.
+            random: a CPU generator.
+        """
         n = len(split.labels)
         order = torch.randperm(n, generator=random)
         number = self.seen + torch.arange(n)
         place = (torch.rand(n, generator=random, dtype=torch.float64) * (number + 1)).long()
-        place = torch.where(number < self.size, number, place)  # until it is full, every image finds a place
-        taken = place < self.size
+        place = torch.where(number < size, number, place)  # until it is full, every image finds a place
+        taken = place < size
         newest = dict(zip(place[taken].tolist(), order[taken].tolist(), strict=True))  # who comes last stays
         places, chosen = torch.tensor(list(newest), dtype=torch.int64), list(newest.values())
-        new = Split(split.images[chosen], split.labels[chosen])
-        length = min(self.size, self.seen + n)
-        self.images = _put(self.images, length, places, new.images)
-        self.labels = _put(self.labels, length, places, new.labels)
-        self.tasks = _put(self.tasks, length, places, torch.full((len(chosen),), t))
-        self.seen += n
+        length = min(size, self.seen + n)
+        return Reservoir(
+            _put(self.images, length, places, split.images[chosen]),
+            _put(self.labels, length, places, split.labels[chosen]),
+            _put(self.tasks, length, places, torch.full((len(chosen),), t)),
+            self.seen + n,
+        )
+
+    def to(self, device: torch.device) -> Reservoir:
+        """The same with its images on a device."""
+        if self.images is None:
+            return self
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device), tasks=self.tasks.cpu())
 
     def draw(self, n: int, of_one_task: bool, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """A uniform sample of at most n images, without replacement: images, labels and tasks (CPU).
@@ -75,9 +90,6 @@ class Reservoir:
 class Replay(Method):
     """What methods with an episodic memory share: its size, its filling, and the loss of a replayed batch.
 
-    Attributes:
-        usual_batch: images replayed at a step where `replay_batch` does not say; None: as many as the batch has.
-
     A task's training images pass through the reservoir once, at its end, so that the memory holds images of earlier
     tasks only, each at most once, however many epochs they were seen. `memory_images` is its size, by default so that
     it holds as many floats as the largest possible GPM, Σ d² over the protected layers: 810 images for permuted MNIST,
@@ -87,55 +99,48 @@ class Replay(Method):
     share of the memory), since a test batch is of one task too; otherwise it mixes tasks.
 
     Training also moves the heads of earlier tasks, by what is replayed.
+
+    Stores the images of the memory.
     """
 
-    usual_batch: ClassVar[int | None] = None
+    flags = {
+        "memory_images": flag(
+            None,
+            "images in the episodic memory; default as many floats as the largest possible GPM, Σ d² over its layers",
+            above=0,
+        ),
+        "replay_batch": flag(
+            None, "images drawn from the memory at each step; default as many as a training batch has", above=0
+        ),
+    }
+    state = ("reservoir", "generator")
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
-        self.largest = sum(layer.input_size**2 * layer.groups for layer in shared_layers(model).values())
-        self.reservoir: Reservoir | None = None  # its size follows from that of an image
+        self.largest = sum(layer.input_size**2 * layer.groups for layer in self.shared_layers().values())
+        self.reservoir = Reservoir()  # its size follows from that of an image
         self.generator = generator(options.seed, "replay")
 
     def parameters(self, t: int) -> list[nn.Parameter]:
         """Shared parameters and the heads of the tasks so far."""
-        return trainable_parameters(self.model, range(t + 1))
+        return self.trainable(range(t + 1))
 
     def replayed_loss(self) -> tuple[Tensor | None, int]:
         """The mean loss over images drawn from the memory, and their number; None and 0 while it is empty."""
-        if self.reservoir is None:
+        if not len(self.reservoir):
             return None, 0
-        n = self.options.replay_batch or self.usual_batch or self.options.batch_size_train
+        n = self.options.replay_batch or self.options.batch_size_train
         drawn = self.reservoir.draw(n, has_batch_statistics(self.model), self.generator)
-        return mixed_loss(self.model, *drawn), len(drawn[0])
+        return mixed_loss(self, *drawn), len(drawn[0])
 
     def after_task(self, t: int, task: Task) -> None:
         """Pass the task's images through the reservoir."""
-        reservoir = Reservoir(self.options.memory_images or max(1, round(self.largest / task.train.images[0].numel())))
-        if self.reservoir is not None:
-            vars(reservoir).update(vars(self.reservoir))
-        reservoir.offer(task.train, t, generator(self.options.seed, "reservoir", t))
-        self.reservoir = reservoir
+        size = self.options.memory_images or max(1, round(self.largest / task.train.images[0].numel()))
+        self.reservoir = self.reservoir.offer(size, task.train, t, generator(self.options.seed, "reservoir", t))
 
-    def memory_floats(self) -> int:
-        """The images held."""
-        return self.reservoir.images.numel() if self.reservoir is not None else 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """The memory, and where the random choices are."""
-        held = None if self.reservoir is None else dict(vars(self.reservoir))
-        return {"reservoir": held, "generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved memory."""
-        self.generator.set_state(state["generator"])
-        self.reservoir = None
-        if state["reservoir"] is not None:
-            device = next(self.model.parameters()).device
-            self.reservoir = Reservoir(state["reservoir"]["size"])
-            vars(self.reservoir).update(state["reservoir"])
-            self.reservoir.images = self.reservoir.images.to(device)
-            self.reservoir.labels = self.reservoir.labels.to(device)
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        super().load_state_dict(saved)
+        self.reservoir = self.reservoir.to(next(self.model.parameters()).device)
 
 
 def has_batch_statistics(model: nn.Module) -> bool:
@@ -144,16 +149,18 @@ def has_batch_statistics(model: nn.Module) -> bool:
     return any(isinstance(m, batch_norm) and not m.track_running_stats for m in model.modules())
 
 
-def mixed_loss(model: nn.Module, images: Tensor, labels: Tensor, tasks: Tensor) -> Tensor:
+def mixed_loss(method: Method, images: Tensor, labels: Tensor, tasks: Tensor) -> Tensor:
     """Mean cross-entropy of images of several tasks, each through the head of its own.
 
     Args:
-        model: called as `model(images, task)`, once for each task in the batch; once in all if it has no heads.
+        method: its model is called as `model(images, task)`, once for each task in the batch; once in all where all
+            tasks share one head.
         images, labels: (n, ...) and (n,).
         tasks: (n,) the task of each image, on the CPU. Where BatchNorm needs more than one image, a task's single image
-            of a batch counts as nothing.
+            of a batch is left out.
     """
-    if not hasattr(model, "heads"):
+    model = method.model
+    if not method.task_modules:
         return F.cross_entropy(model(images, int(tasks[0])), labels)
     groups = [(j, (tasks == j).nonzero()[:, 0].to(labels.device)) for j in tasks.unique().tolist()]
     if has_batch_statistics(model) and len(groups) > 1:

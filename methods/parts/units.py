@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.errors import InputError
-from gradproj.representation import Layer
+from gradproj.layers import Layer
 
 # Normalisations that treat each channel by itself; others would carry changes of one unit over to the next.
 PerChannel = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)

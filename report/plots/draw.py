@@ -9,10 +9,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from gradproj.errors import InputError
-from methods import METHODS
-from report.plots import plots
+from report.plots.accuracy import accuracy_heat_map, accuracy_over_time, mean_matrix
+from report.plots.bars import bars, scores_against
+from report.plots.interference import interference_histograms
+from report.plots.memory import mean_columns, memory_growth
+from report.plots.style import Looks, look, shades
+from report.plots.style import save as save_figure
 from report.published import BENCHMARKS
-from report.published import METHODS as NAMES
 from report.rows import Row, estimate
 
 Save = Callable[[Figure, str], None]
@@ -36,9 +39,9 @@ def draw(rows: Sequence[Row], folder: Path, against: str | None = None) -> list[
         name = "".join(c if c.isalnum() or c in "._+-" else "-" for c in name)
         for suffix in ("png", "pdf"):
             written.append(folder / f"{name}.{suffix}")
-            plots.save(figure, written[-1])
+            save_figure(figure, written[-1])
 
-    for members in _grouped(rows, lambda row: (row.benchmark, row.data, _kind(row))):
+    for members in _grouped(rows, lambda row: (row.benchmark, row.data, row.variant)):
         draw_comparison(members, save)
     if against:
         groups = _grouped(rows, lambda row: (row.benchmark, row.data, row.method, _others(row, against)))
@@ -53,35 +56,35 @@ def draw(rows: Sequence[Row], folder: Path, against: str | None = None) -> list[
 def draw_comparison(rows: Sequence[Row], save: Save) -> None:
     """Methods beside each other on one benchmark, data and variant; matrix and memory of each."""
     # Rows that differ in their notes alone would hide each other: the one with the most runs stands for all.
-    best = {row.method: row for row in sorted(rows, key=lambda row: len(row.runs))}
-    shown = {row.method: row for row in rows if best[row.method] is row}
-    kind = _kind(rows[0])
+    best = {row.title: row for row in sorted(rows, key=lambda row: len(row.runs))}
+    shown = {row.title: row for row in rows if best[row.title] is row}
+    looks = {name: look(row.place, i) for i, (name, row) in enumerate(shown.items())}
+    kind = rows[0].variant
     title = _title(rows[0], kind)
     with_seeds = f"{title}\n{_seeds(shown)}"
     stem = f"{rows[0].data}-{rows[0].benchmark}-{kind}"
     matrices = {name: [run.summary["accuracy"] for run in row.runs] for name, row in shown.items()}
-    save(plots.accuracy_over_time(matrices, with_seeds), f"{stem}-accuracy_over_time")
+    save(accuracy_over_time(matrices, with_seeds, looks), f"{stem}-accuracy_over_time")
     scores = {name: (row.accuracy, row.backward_transfer) for name, row in shown.items()}
-    save(plots.bars(scores, ("ACC, %", "BWT, points"), with_seeds, signed=(False, True)), f"{stem}-methods")
-    draw_costs(shown, title, stem, save)
-    labels = {name: NAMES.get(name, name) for name in shown}
-    colors = {label: plots.style(name, i)[0] for i, (name, label) in enumerate(labels.items())}
-    draw_interference({labels[name]: row for name, row in shown.items()}, colors, title, stem, save)
+    save(bars(scores, ("ACC, %", "BWT, points"), with_seeds, (False, True), looks), f"{stem}-methods")
+    draw_costs({name: row for name, row in shown.items() if row.method != "multitask"}, looks, title, stem, save)
+    draw_interference(shown, {name: found.color for name, found in looks.items()}, title, stem, save)
     for name, row in shown.items():
-        heading = title.replace(" data)", f" data), {NAMES.get(name, name)}, {_seeds({name: row})}", 1)
-        save(plots.accuracy_heat_map(plots.mean_matrix(matrices[name]), heading), f"{stem}-{name}-accuracy")
-        columns = plots.mean_columns([run.summary.get("memory_columns") or {} for run in row.runs])
+        heading = title.replace(" data)", f" data), {name}, {_seeds({name: row})}", 1)
+        save(accuracy_heat_map(mean_matrix(matrices[name]), heading), f"{stem}-{row.method}-accuracy")
+        columns = mean_columns([run.summary.get("memory_columns") or {} for run in row.runs])
         if columns:
             sizes = row.runs[0].summary["memory_input_sizes"]
-            save(plots.memory_growth(columns, sizes, heading), f"{stem}-{name}-memory")
+            save(memory_growth(columns, sizes, heading), f"{stem}-{row.method}-memory")
 
 
-def draw_costs(shown: dict[str, Row], title: str, stem: str, save: Save) -> None:
+def draw_costs(shown: dict[str, Row], looks: Looks, title: str, stem: str, save: Save) -> None:
     """Memory relative to the largest possible GPM, and time of an epoch (the paper's Figure 2).
 
-    Without joint training, which keeps all images and whose epoch is one of all tasks: it would dwarf the others.
+    Args:
+        shown: all but joint training, which keeps all images and whose epoch is one of all tasks: it would dwarf the
+            others.
     """
-    shown = {name: row for name, row in shown.items() if name != "multitask"}
     sizes = [row.runs[0].summary.get("memory_input_sizes") for row in shown.values()]
     largest = max((sum(d * d for d in size.values()) for size in sizes if size), default=0)
     epochs = {name: [run.summary.get("epochs") for run in row.runs] for name, row in shown.items()}
@@ -95,7 +98,7 @@ def draw_costs(shown: dict[str, Row], title: str, stem: str, save: Save) -> None
         for name, row in shown.items()
     }
     headings = ("memory, % of the largest GPM", "seconds an epoch")
-    save(plots.bars(costs, headings, f"{title}\n{_seeds(shown)}"), f"{stem}-costs")
+    save(bars(costs, headings, f"{title}\n{_seeds(shown)}", looks=looks), f"{stem}-costs")
 
 
 def draw_interference(shown: dict[str, Row], colors: dict[str, Any], title: str, stem: str, save: Save) -> None:
@@ -103,7 +106,7 @@ def draw_interference(shown: dict[str, Row], colors: dict[str, Any], title: str,
     found = {name: [run.summary.get("interference") for run in row.runs] for name, row in shown.items()}
     found = {name: runs for name, runs in found.items() if all(runs)}
     if len(found) > 1:
-        save(plots.interference_histograms(found, colors, title), f"{stem}-interference")
+        save(interference_histograms(found, colors, title), f"{stem}-interference")
 
 
 def draw_sweep(rows: Sequence[Row], name: str, save: Save) -> None:
@@ -111,29 +114,20 @@ def draw_sweep(rows: Sequence[Row], name: str, save: Save) -> None:
     rows = sorted(rows, key=lambda row: _value(row, name))
     labels = [" ".join(map(str, value)) if isinstance(value := _value(row, name), list) else str(value) for row in rows]
     others = _others(rows[0], name) or "default"
-    title = _title(rows[0], others, rows[0].method)
+    title = _title(rows[0], others, rows[0].title)
     stem = f"{rows[0].data}-{rows[0].benchmark}-{others}-{rows[0].method}-{name}"
-    save(plots.scores_against(labels, rows, name, title), f"{stem}-sweep")
+    save(scores_against(labels, rows, name, title), f"{stem}-sweep")
     shown = {f"{name} {label}": row for label, row in zip(labels, rows, strict=True)}
-    draw_interference(shown, plots.shades(list(shown)), title, stem, save)
+    draw_interference(shown, shades(list(shown)), title, stem, save)
 
 
 def _seeds(shown: dict[str, Row]) -> str:
     """How many seeds stand behind a picture of some rows."""
-    counts = {NAMES.get(name, name): len(row.runs) for name, row in shown.items()}
+    counts = {name: len(row.runs) for name, row in shown.items()}
     if len(set(counts.values())) > 1:
         return "means ± one standard deviation over seeds: " + ", ".join(f"{name} {n}" for name, n in counts.items())
     n = next(iter(counts.values()))
     return f"mean of {n} seeds ± one standard deviation" if n > 1 else f"seed {next(iter(shown.values())).seeds[0]}"
-
-
-def _kind(row: Row) -> str:
-    """The variant that a row is drawn with: a method with a learning rate of its own has that by default."""
-    rate, used = METHODS[row.method].learning_rate if row.method in METHODS else None, _value(row, "lr")
-    if rate is None or used is None:
-        return row.variant
-    others = _others(row, "lr")
-    return others or "default" if used == rate else ",".join(filter(None, (others, f"lr={used}")))
 
 
 def _grouped(rows: Sequence[Row], key: Callable[[Row], tuple]) -> list[list[Row]]:
@@ -154,5 +148,5 @@ def _value(row: Row, name: str) -> Any:
 
 def _title(row: Row, variant: str, method: str | None = None) -> str:
     title = f"{BENCHMARKS.get(row.benchmark, row.benchmark)} ({row.data} data)"
-    title += f", {NAMES.get(method, method)}" if method else ""
+    title += f", {method}" if method else ""
     return title if variant == "default" else f"{title}\n{variant}"

@@ -114,6 +114,7 @@ def test_the_dense_formula_takes_the_same_steps(case):
         task = case.task(CPU)
         with suite.ExitStack() as stack:
             steps = suite.make(case, kind, task, "eager", stack)
+            steps.optimizer.param_groups[0]["lr"] = 0.1
             steps.epoch(torch.arange(16), 0.1)
         weights.append(list(steps.method.model.parameters()))
     start, ours, dense = weights

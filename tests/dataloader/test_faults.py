@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from dataloader.embedded import render as embedded
+from dataloader.errors import DataError
 from dataloader.images import cache, raw
 from dataloader.images.cache import FILES, SPECS, RawSet
-from engine.interrupts import stoppable
-from gradproj.errors import DataError, Stopped
+from engine.interrupts import Stopped, stoppable
 from tests.faults import COUNTS, fork, fork_and_wait, signalled_at, trace, wait
 
 DATALOADER = os.path.dirname(cache.__file__)  # noqa: PTH120

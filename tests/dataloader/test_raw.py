@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+from dataloader.errors import DataError
 from dataloader.images import cache, content, download, notmnist
 from dataloader.images.cache import FILES, RawSet, write_cache
 from dataloader.images.raw import load_raw
-from gradproj.errors import DataError, InputError
+from gradproj.errors import InputError
 
 
 def small_mnist() -> RawSet:

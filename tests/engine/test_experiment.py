@@ -4,18 +4,20 @@ import csv
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from engine import hardware, training
-from engine.experiment import run
 from engine.metrics import average_accuracy, backward_transfer
 from engine.options import Options
 from gradproj.errors import InputError
+from gradproj.projection import full_float32
 from methods.gpm import GPM
 from tests import tiny
+from tests.tiny import run
 
 METHODS = pytest.mark.parametrize("method", ["gpm", "naive"])
 
@@ -34,10 +36,8 @@ def test_run_folder(tmp_path, method):
     summary = run(tiny.options(tmp_path, method=method), tiny.benchmark(), tiny.Network())
     folder = tiny.run_folder(tmp_path / "embedded" / "tiny" / method)
     assert folder.name == "seed-1"
-    pictures = {"accuracy.png", "memory.png"} if method == "gpm" else {"accuracy.png"}
     found = {path.name for path in folder.iterdir()}
-    assert {"config.json", "epochs.jsonl", "accuracy.csv", "summary.json", *pictures} <= found
-    assert ("memory.png" in found) == (method == "gpm")
+    assert {"config.json", "epochs.jsonl", "accuracy.csv", "summary.json"} <= found
     assert not [name for name in found if name.endswith(".tmp")]
 
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
@@ -198,12 +198,11 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "magic"}, "method is 'magic'; it must be one of: "),
         ({"threshold": (0.9, 0.9, 0.9)}, "threshold has 3 values; give one, or one for each of the 2 layers: fc1, fc2"),
         ({"threshold": (0.99,), "threshold_step": 0.01}, r"threshold 0.99 after 2 steps of 0.01 is 1.01"),
         ({"samples": {"fc9": 5}}, "samples names 'fc9', which is no layer; the layers are: fc1, fc2"),
         ({"samples": {"fc1": 50}}, r"samples fc1 is 50; it must be in \[1, n_samples = 10\]"),
-        ({"device": "tpu"}, "device 'tpu' is not to be had here; use one of: auto, cpu"),
+        ({"device": "tpu"}, "device 'tpu' is not available here; use one of: auto, cpu"),
         ({"lr": float("nan")}, "lr is nan; it must be positive"),
         ({"schedule": "plateau", "pc_valid": 0.0}, "pc_valid is 0.0; it must be positive for --schedule plateau"),
     ],
@@ -256,11 +255,57 @@ def test_a_small_network_takes_one_thread_for_the_length_of_its_run(tmp_path, mo
         torch.set_num_threads(threads)
 
 
+def test_a_continued_run_takes_the_threads_that_it_began_with(tmp_path, capsys):
+    """Their number decides in which order sums are made, and so the last bits."""
+
+    class Cut(Exception):
+        pass
+
+    class Network(tiny.Network):  # with a convolution, so that it does not take one thread of itself
+        def __init__(self, stop: bool) -> None:
+            super().__init__()
+            self.conv, self.stop, self.threads = torch.nn.Conv2d(1, 1, 1).double(), stop, set()
+
+        def forward(self, images, task):
+            self.threads.add(torch.get_num_threads())
+            if self.stop and task == 1:
+                raise Cut
+            return super().forward(images, task) + 0 * self.conv(images[:1, None, None]).sum()
+
+    threads, options = torch.get_num_threads(), tiny.options(tmp_path, n_tasks=2, quiet=False)
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(Cut):
+            run(options, tiny.benchmark(2), Network(stop=True))
+        torch.set_num_threads(1)
+        model = Network(stop=False)
+        run(options, tiny.benchmark(2), model)
+        assert model.threads == {2}
+        assert torch.get_num_threads() == 1
+        assert "with 2 threads, as it began" in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(("device", "current"), [("cuda:1", [torch.device("cuda:1")]), ("cuda", [])])
 def test_a_gpu_that_is_named_becomes_the_current_one(monkeypatch, device, current):
     """Streams and CUDA graphs are made on the current device, whatever tensors they work on."""
     set_to = []
     monkeypatch.setattr(torch.cuda, "set_device", set_to.append)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     hardware.tune(torch.device(device), tiny.Network(), Options())
     assert set_to == current
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_one_kind_of_flag_lets_products_round_and_the_projection_spares_itself(tf32):
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in flags]
+    try:
+        hardware.tune(torch.device("cpu"), tiny.Network(), Options(tf32=tf32))
+        assert {backend.allow_tf32 for backend in flags} == {tf32}
+        with full_float32(SimpleNamespace(is_cuda=True)):
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cuda.matmul.allow_tf32 == tf32  # and torch does not refuse to read it
+    finally:
+        for backend, value in zip(flags, before, strict=True):
+            backend.allow_tf32 = value

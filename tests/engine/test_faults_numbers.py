@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from engine.checkpoint import NEWEST
-from engine.experiment import run
+from engine.folder import NEWEST
 from engine.seeds import generator
 from engine.task import Benchmark, Split, Task
 from gradproj import GradientProjectionMemory
 from gradproj.errors import DivergenceError, InputError
 from tests.faults import COUNTS, Normalised, TwoLayers, benchmark, fork_and_wait, options, outcome, small_run
+from tests.tiny import run
 
 pytestmark = pytest.mark.usefixtures("quick")
 

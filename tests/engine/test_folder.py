@@ -11,16 +11,17 @@ from torch.testing import assert_close
 import main_pmnist
 from dataloader.embedded import render as embedded
 from engine import load_run
-from engine.checkpoint import NEWEST, RESERVE
 from engine.cli import parse
-from engine.experiment import run
-from engine.folder import run_folder
-from engine.options import Options
-from engine.training import evaluate
+from engine.evaluation import evaluate
+from engine.folder import NEWEST, RESERVE, run_folder
+from engine.options import Options, hyperparameters, with_flags
 from gradproj.errors import InputError
 from gradproj.normalization import fixed_statistics
+from methods import METHODS
+from methods.gpm import GPM
 from models import MLP
 from tests.faults import Normalised, TwoLayers, benchmark, options, outcome, small_run
+from tests.tiny import run
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -40,7 +41,7 @@ def found(tmp_path):
 
 def test_name_says_what_differs(tmp_path):
     named = options(tmp_path, run_folder=None, output_dir="out", seed=7, lr=0.5, samples={"fc1": 3})
-    folder = str(run_folder(named, "pmnist", "real"))
+    folder = str(run_folder(named, GPM, "pmnist", "real"))
     assert folder.startswith("out/real/pmnist/gpm/")
     assert folder.endswith("/seed-7")
     assert "lr=0.5" in folder
@@ -51,9 +52,7 @@ def test_name_says_what_differs(tmp_path):
 def test_folder_holds_what_it_should(tmp_path):
     small_run(tmp_path)
     visible = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
-    assert visible == {
-        *("config.json", "epochs.jsonl", "accuracy.csv", "summary.json", "accuracy.png", "memory.png", NEWEST, RESERVE)
-    }
+    assert visible == {*("config.json", "epochs.jsonl", "accuracy.csv", "summary.json", NEWEST, RESERVE)}
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} <= {".lock"}
 
 
@@ -197,7 +196,7 @@ class TestLoadRun:
     def test_another_model_given(self, tmp_path):
         small_run(tmp_path)
         assert load_run(tmp_path, TwoLayers()).memory is not None
-        with pytest.raises(InputError, match="weights in .* are not of a TwoLayers like this: .*size mismatch"):
+        with pytest.raises(InputError, match="weights in .* are not of a TwoLayers like this: .*fc2 differ"):
             load_run(tmp_path, TwoLayers(4))
 
     @pytest.mark.parametrize(
@@ -245,36 +244,49 @@ class TestConfig:
     def test_further_flags_change_it(self, pmnist, tmp_path):
         pmnist(*self.FLAGS)
         (path,) = (tmp_path / "runs").rglob("config.json")
-        parsed = parse(main_pmnist.Hyperparameters, ["--seed", "4", "--config", str(path), "--lr", "0.1"], "")
+        command = ["--seed", "4", "--config", str(path), "--lr", "0.1"]
+        parsed, _ = parse(main_pmnist.Hyperparameters, METHODS, command, "")
         assert (parsed.seed, parsed.lr, parsed.n_hidden, parsed.threshold) == (4, 0.1, 9, (0.9,))
         assert parsed.samples == {"fc1": 3, "fc2": 4}
         assert parsed.eval_train is True
 
-    def test_repeats_every_value(self, tmp_path):
-        hyperparameters = main_pmnist.Hyperparameters(
-            lr=1e-7,
-            threshold=(0.1, 0.2, 0.3),
-            samples={"fc1": 2},
-            n_samples="all",
-            n_train=3,
-            tf32=True,
-            replay_batch=2,
-        )
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"method": "gpm", "threshold": (0.1, 0.2, 0.3), "samples": {"fc1": 2}},
+            {"method": "gpm", "n_samples": "all", "samples": {}},
+            {"method": "er", "replay_batch": 2},
+            {"method": "ogd", "lr": 0.01},
+        ],
+        ids=str,
+    )
+    def test_repeats_every_value(self, tmp_path, changes):
+        method = METHODS[changes["method"]]
+        made = with_flags(main_pmnist.Hyperparameters, method)(**{"lr": 1e-4, "n_train": 3, "tf32": True, **changes})
         path = tmp_path / "config.json"
-        path.write_text(json.dumps({"hyperparameters": vars(hyperparameters)}))
-        assert parse(main_pmnist.Hyperparameters, ["--config", str(path)], "") == hyperparameters
+        path.write_text(json.dumps({"hyperparameters": hyperparameters(made, method)}))
+        assert parse(main_pmnist.Hyperparameters, METHODS, ["--config", str(path)], "") == (made, method)
+
+    def test_from_when_every_run_had_the_flags_of_all_methods(self, tmp_path):
+        path = tmp_path / "config.json"
+        old = {"method": "naive", "lr": 0.5, "threshold": [0.95, 0.99, 0.99], "ewc_lambda": 10.0, "owm_alpha": 100.0}
+        path.write_text(json.dumps({"hyperparameters": old}))
+        assert parse(main_pmnist.Hyperparameters, METHODS, ["--config", str(path)], "")[0].lr == 0.5
+        path.write_text(json.dumps({"hyperparameters": old | {"ewc_lambda": 3.0}}))
+        with pytest.raises(InputError, match="is of another script or method: it has ewc_lambda$"):
+            parse(main_pmnist.Hyperparameters, METHODS, ["--config", str(path)], "")
 
     def test_of_another_script(self, pmnist, tmp_path):
         pmnist()
         (path,) = (tmp_path / "runs").rglob("config.json")
-        with pytest.raises(InputError, match="is of another script: it has n_hidden, n_outputs$"):
-            parse(Options, ["--config", str(path)], "")
+        with pytest.raises(InputError, match="is of another script or method: it has n_hidden, n_outputs$"):
+            parse(Options, METHODS, ["--config", str(path)], "")
 
     def test_from_before_a_flag_was_there(self, tmp_path):
         path = tmp_path / "config.json"
         path.write_text(json.dumps({"hyperparameters": {"lr": 0.3, "threshold": [0.8, 0.9, 0.9]}}))
         expected = main_pmnist.Hyperparameters(lr=0.3, threshold=(0.8, 0.9, 0.9))
-        assert parse(main_pmnist.Hyperparameters, ["--config", str(path)], "") == expected
+        assert vars(parse(main_pmnist.Hyperparameters, METHODS, ["--config", str(path)], "")[0]) == vars(expected)
 
 
 def test_tensorboard_missing_is_one_line(tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from engine import interrupts
-from engine.interrupts import deferred, stoppable
-from gradproj.errors import InputError, Stopped
+from engine.interrupts import Stopped, deferred, stoppable
+from gradproj.errors import InputError
 from methods import METHODS
 from tests.faults import (
     COUNTS,

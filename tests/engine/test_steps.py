@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from engine.method import Method
 from engine.options import Options
 from engine.steps import EagerSteps, FusedSteps, GraphSteps, make_steps
 from engine.task import Split, Task
@@ -65,11 +66,12 @@ def train(model: nn.Module, task: Task, step: str, columns: list[int] | None):
     if columns is not None:
         remember(method, columns)
     with method.learning(1, task):
-        optimizer = torch.optim.SGD(method.parameters(1), lr=LR)
-        steps = make_steps(method, optimizer, 1, task, opts)
+        optimizer = method.optimizer(1, LR)
+        steps = make_steps(method, optimizer, 1, task)
         losses = []
         for epoch in range(2):
             order = torch.randperm(len(task.train.labels), generator=torch.Generator().manual_seed(epoch))
+            optimizer.param_groups[0]["lr"] = LR / (epoch + 1)
             losses.append(steps.epoch(order, LR / (epoch + 1)))
     return type(steps), losses, [p.detach().clone() for p in model.parameters()]
 
@@ -129,8 +131,8 @@ def test_by_hand_updates_stay_orthogonal_to_the_basis():
     method = GPM(model, options())
     remember(method, [4, 3])
     with method.learning(1, chain_task(18)):
-        optimizer = torch.optim.SGD(method.parameters(1), lr=LR)
-        make_steps(method, optimizer, 1, chain_task(18), options()).epoch(torch.arange(18), LR)
+        optimizer = method.optimizer(1, LR)
+        make_steps(method, optimizer, 1, chain_task(18)).epoch(torch.arange(18), LR)
     for parameter, start, basis in zip(model.parameters(), before, method.memory.bases.values(), strict=True):
         assert (parameter - start).abs().max() > 1e-3
         assert ((parameter - start) @ basis).abs().max() < 1e-14
@@ -139,8 +141,8 @@ def test_by_hand_updates_stay_orthogonal_to_the_basis():
 @pytest.mark.parametrize("change", [{"step": "eager"}, {"momentum": 0.9}, {"amp": "bf16"}], ids=str)
 def test_what_does_not_fit_by_hand_runs_eagerly(change):
     method = Naive(Chain([N_INPUTS, N_CLASSES]), options(**change))
-    optimizer = torch.optim.SGD(method.parameters(0), lr=LR)
-    assert type(make_steps(method, optimizer, 0, chain_task(5), options(**change))) is EagerSteps
+    optimizer = method.optimizer(0, LR)
+    assert type(make_steps(method, optimizer, 0, chain_task(5))) is EagerSteps
 
 
 class Smooth(Chain):
@@ -171,8 +173,8 @@ def frozen_below() -> Chain:
 def test_a_network_that_is_not_what_it_says_runs_eagerly(make):
     method, task = Naive(make(), options()), chain_task(5, torch.float32)
     state = torch.get_rng_state()
-    optimizer = torch.optim.SGD(method.parameters(0), lr=LR)
-    assert type(make_steps(method, optimizer, 0, task, options())) is EagerSteps
+    optimizer = method.optimizer(0, LR)
+    assert type(make_steps(method, optimizer, 0, task)) is EagerSteps
     assert_close(torch.get_rng_state(), state)
 
 
@@ -182,18 +184,20 @@ def test_a_method_that_moves_some_weights_only_runs_eagerly():
             return list(self.model.layers[-1].parameters())
 
     method = Last(Chain([N_INPUTS, 8, N_CLASSES]), options())
-    optimizer = torch.optim.SGD(method.parameters(0), lr=LR)
-    assert type(make_steps(method, optimizer, 0, chain_task(5, torch.float32), options())) is EagerSteps
+    optimizer = method.optimizer(0, LR)
+    assert type(make_steps(method, optimizer, 0, chain_task(5, torch.float32))) is EagerSteps
 
 
 def test_a_method_with_a_step_of_its_own_runs_eagerly():
-    class Doubled(Naive):
+    class Doubled(Method):
+        name = "doubled"
+
         def loss(self, images, labels, t):
             return 2 * super().loss(images, labels, t)
 
     method = Doubled(Chain([N_INPUTS, N_CLASSES]), options())
-    optimizer = torch.optim.SGD(method.parameters(0), lr=LR)
-    assert type(make_steps(method, optimizer, 0, chain_task(5, torch.float32), options())) is EagerSteps
+    optimizer = method.optimizer(0, LR)
+    assert type(make_steps(method, optimizer, 0, chain_task(5, torch.float32))) is EagerSteps
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -223,11 +227,47 @@ def test_a_cuda_graph_equals_eager(n):
 @cuda
 def test_a_cuda_graph_draws_a_new_dropout_mask_at_every_step():
     method, task = Naive(AlexNet([10, 10]).to("cuda"), options()), picture_task(20)
-    steps = make_steps(method, torch.optim.SGD(method.parameters(1), lr=1e-30), 1, task, options())
+    steps = make_steps(method, torch.optim.SGD(method.parameters(1), lr=1e-30), 1, task)
     losses = [steps.epoch(torch.arange(20), 1e-30) for _ in range(3)]  # the same graph, and no weight moves
     assert type(steps) is GraphSteps
     assert len(steps.graphs) == 1
     assert len(set(losses)) == 3
+
+
+class Unfinished:
+    """Stands for a device's generator: after a failed capture it takes itself to be captured."""
+
+    def __init__(self, capturing: bool = True) -> None:
+        self.capturing = capturing
+
+    def clone_state(self):
+        return Unfinished(capturing=False)
+
+    def graphsafe_set_state(self, state) -> None:
+        self.capturing = state.capturing
+
+
+def test_a_failed_capture_gives_the_generator_back_before_the_next_eager_step(monkeypatch):
+    """Faked on a CPU: eager dropout would raise while the generator takes itself to be captured."""
+    generator, steps_taken = Unfinished(), []
+
+    class Steps(GraphSteps):
+        def capture(self, images, labels):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+        def step(self, images, labels):
+            assert not generator.capturing
+            steps_taken.append(len(images))
+            return super().step(images, labels)
+
+    monkeypatch.setattr(torch.cuda, "default_generators", [generator])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    method, task = Naive(Chain([N_INPUTS, N_CLASSES]).double(), options()), chain_task(10)
+    steps = Steps(method, method.optimizer(0, LR), 0, task.train)
+    with pytest.warns(UserWarning, match=r"^no CUDA graph \(operation not permitted .*\); training eagerly$"):
+        steps.epoch(torch.arange(10), LR)
+    steps.epoch(torch.arange(10), LR)  # it does not try again
+    assert steps_taken == [5, 5, 5, 5]
 
 
 @cuda

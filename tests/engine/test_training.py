@@ -8,13 +8,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from engine.experiment import run
-from engine.method import trainable_parameters
+from engine import experiment
+from engine.evaluation import evaluate
+from engine.method import Method
+from engine.standing import Plateau
 from engine.task import Benchmark, Split, Task, batches
-from engine.training import Plateau, evaluate
 from gradproj.errors import DivergenceError
+from methods import METHODS
 from models import MLP
 from tests import tiny
+from tests.tiny import run
+from tests.tiny_nets import method as make
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -175,7 +179,7 @@ def test_the_optimiser_holds_shared_weights_and_the_current_head():
     model.norm.weight.requires_grad_(False)
     names = {id(p): name for name, p in model.named_parameters()}
     shared = ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "norm.bias"]
-    assert [names[id(p)] for p in trainable_parameters(model, [1])] == [*shared, "heads.1.weight"]
+    assert [names[id(p)] for p in make(model, "naive").parameters(1)] == [*shared, "heads.1.weight"]
 
 
 class Recorder(tiny.Network):
@@ -268,6 +272,40 @@ def test_the_fast_step_of_the_perceptron_is_the_plain_one(tmp_path, method, dtyp
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
     assert_close(models[0].state_dict(), models[1].state_dict(), atol=tolerance, rtol=tolerance)
     assert losses[0] == pytest.approx(losses[1], rel=10 * tolerance)
+
+
+def test_a_method_knows_the_rate_of_the_epoch(tmp_path, scripted_benchmark, monkeypatch):
+    rates = []
+
+    class Watching(METHODS["naive"]):
+        def loss(self, images, labels, t):
+            rates.append(self.lr)
+            return super().loss(images, labels, t)
+
+    model = Scripted([1.0, 1.0, 1.0, 1.0, 1.0, 0.5])
+    options = tiny.options(tmp_path, method="naive", n_tasks=1, lr=0.4, lr_min=0.15, lr_factor=2, n_epochs=9)
+    experiment.run(options, scripted_benchmark, model, Watching(model, options))
+    assert rates == [0.4, 0.4, 0.2] == [epoch["lr"] for epoch in tiny.epochs(tmp_path)]
+
+
+def test_parameter_groups_keep_their_own_rates_and_fall_with_the_schedule(tmp_path, scripted_benchmark):
+    rates = []
+
+    class TwoRates(Method):
+        name = "two_rates"
+
+        def optimizer(self, t, lr):
+            groups = [{"params": [self.model.weight]}, {"params": self.model.unused.parameters(), "lr": 0.3}]
+            self.adam = torch.optim.Adam(groups, lr=lr)
+            return self.adam
+
+        def after_step(self, t):
+            rates.append([group["lr"] for group in self.adam.param_groups])
+
+    model = Scripted([1.0, 1.0, 1.0, 1.0, 0.5])
+    options = tiny.options(tmp_path, method="naive", n_tasks=1, lr=0.4, lr_min=0.15, lr_factor=2, n_epochs=9)
+    experiment.run(options, scripted_benchmark, model, TwoRates(model, options))
+    assert rates == [[0.4, 0.3], [0.4, 0.3], [0.2, 0.15]]
 
 
 def test_divergence_is_an_error_that_says_where(tmp_path):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from engine.experiment import run
 from gradproj import interference
-from gradproj.representation import find_layers
+from gradproj.layers import find_layers
 from tests import tiny
+from tests.tiny import run
 
 
 def moved(model, images, change):

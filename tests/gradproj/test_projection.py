@@ -1,6 +1,7 @@
 """Gradients orthogonal to a basis: every way of computing them against G (I - M Mᵀ)."""
 
 import copy
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,18 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from gradproj import GradientProjectionMemory
-from gradproj.projection import cheapest_route, full_float32, layer_projector, orthogonal_projector, projected_gradients
-from gradproj.representation import find_layers
+from gradproj.layers import find_layers
+from gradproj.projection import cheapest_route, full_float32, layer_projector, orthogonal_projector
+from gradproj.protection import Protection, projecting
 from tests import reference
 
 DOUBLE = torch.float64
+
+
+def projected_gradients(layers: dict, bases: dict) -> AbstractContextManager[Protection]:
+    return projecting({name: layer_projector(layer, bases) for name, layer in layers.items()})
+
+
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12}
 PRECISIONS = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -104,6 +112,19 @@ LAYERS = {
     "conv, one axis": (lambda b: nn.Conv1d(4, 6, 3, groups=2, bias=b), (2, 4, 8)),
     "conv, three axes": (lambda b: nn.Conv3d(2, 3, 2, bias=b), (2, 2, 3, 3, 3)),
 }
+
+
+def test_a_layer_is_full_when_all_its_groups_are_and_idle_when_none_holds_anything():
+    layer = find_layers(nn.Sequential(nn.Conv2d(4, 6, 2, groups=2, bias=False)))["0"]
+    for columns, full, idle in (
+        ((8, 8), True, False),
+        ((8, 3), False, False),
+        ((0, 3), False, False),
+        ((0, 0), False, True),
+    ):
+        bases = {key: orthonormal(8, k) for key, k in zip(layer.keys, columns, strict=True)}
+        project = layer_projector(layer, bases)
+        assert (project.is_full, project.is_idle) == (full, idle)
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -374,15 +395,25 @@ def test_protect_update_moves_weights_by_the_projected_step(network, memory):
     assert_close(network.head.weight, plain.head.weight)
 
 
-@pytest.mark.parametrize("before", ["none", "tf32", "ieee"])
-def test_products_on_a_gpu_are_full_float32_for_the_projection_alone(monkeypatch, before):
-    flags = SimpleNamespace(fp32_precision=before)
+class NewFlagInUse:
+    """Stands for torch.backends.cuda.matmul where somebody has set its newer flag."""
+
+    fp32_precision = "tf32"
+
+    @property
+    def allow_tf32(self) -> bool:
+        raise RuntimeError("mix of the legacy and new APIs")
+
+
+@pytest.mark.parametrize("flags", [SimpleNamespace(allow_tf32=True), NewFlagInUse()], ids=["older flag", "newer flag"])
+def test_products_on_a_gpu_are_full_float32_for_the_projection_alone(monkeypatch, flags):
     monkeypatch.setattr(torch.backends.cuda, "matmul", flags)
-    for on_gpu, inside in ((True, "ieee"), (False, before)):
+    before = dict(vars(flags)) or {"fp32_precision": "tf32"}
+    for on_gpu, inside in ((True, (False, "ieee")), (False, (True, "tf32"))):
         with pytest.raises(KeyError), full_float32(SimpleNamespace(is_cuda=on_gpu)):
-            assert flags.fp32_precision == inside
+            assert all(getattr(flags, name) in inside for name in before)
             raise KeyError
-        assert flags.fp32_precision == before
+        assert {name: getattr(flags, name) for name in before} == before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

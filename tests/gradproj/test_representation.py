@@ -9,7 +9,10 @@ from torch.testing import assert_close
 
 import gradproj.representation
 from gradproj.errors import InputError
-from gradproj.representation import Layer, Representation, find_layers, input_columns, patches, representations
+from gradproj.layers import find_layers
+from gradproj.layers.convolution import ConvolutionLayer, patches
+from gradproj.layers.linear import LinearLayer
+from gradproj.representation import Representation, representations
 from tests import reference
 
 DOUBLE = torch.float64
@@ -77,7 +80,7 @@ def test_weight_times_patches_is_the_convolution(convolution):
 def test_a_bias_sees_a_row_of_ones():
     conv = nn.Conv2d(4, 6, 3, groups=2, dtype=DOUBLE)
     x = normal(2, 4, 5, 5)
-    columns = input_columns(Layer("conv", conv), x)
+    columns = ConvolutionLayer("conv", conv).columns(x)
     assert [c.shape for c in columns] == [(2 * 9 + 1, 2 * 9)] * 2
     kernels = conv.weight.reshape(2, 3, 18)
     rows = [torch.cat([kernels[g], conv.bias.reshape(2, 3, 1)[g]], dim=1) @ columns[g] for g in range(2)]
@@ -85,14 +88,14 @@ def test_a_bias_sees_a_row_of_ones():
 
     linear = nn.Linear(5, 3, dtype=DOUBLE)
     rows = normal(7, 5)
-    (columns,) = input_columns(Layer("linear", linear), rows)
+    (columns,) = LinearLayer("linear", linear).columns(rows)
     assert torch.equal(columns[-1], torch.ones(7, dtype=DOUBLE))
     assert_close(torch.cat([linear.weight, linear.bias[:, None]], dim=1) @ columns, linear(rows).T)
 
 
 def test_a_linear_layer_takes_every_position_of_its_input_as_a_sample():
     x = normal(2, 3, 4, 5)
-    (columns,) = input_columns(Layer("linear", nn.Linear(5, 2, bias=False)), x)
+    (columns,) = LinearLayer("linear", nn.Linear(5, 2, bias=False)).columns(x)
     assert torch.equal(columns, x.reshape(24, 5).T)
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from gradproj.subspace import count_directions, extend_basis, extend_basis_from_gram, orthogonal_complement
+from gradproj.representation import Representation
+from gradproj.subspace import count_directions, extend_basis, orthogonal_complement
 from tests import reference
 
 THRESHOLDS = [0.3, 0.9, 0.99, 1.0]
@@ -44,8 +45,9 @@ def from_columns(basis: Tensor, representation: Tensor, threshold: float, rank_r
 
 
 def from_gram(basis: Tensor, representation: Tensor, threshold: float, rank_rule: str = "paper") -> Tensor:
-    columns = representation.double()
-    return extend_basis_from_gram(basis, columns @ columns.T, threshold, rank_rule)
+    gathered = Representation(len(representation))
+    gathered.gram = representation.double() @ representation.double().T  # also where there are few columns
+    return extend_basis(basis, gathered, threshold, rank_rule)
 
 
 ROUTES = [pytest.param(from_columns, id="columns"), pytest.param(from_gram, id="gram")]

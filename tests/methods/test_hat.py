@@ -32,8 +32,7 @@ def train(hat, t, n_steps):
             hat.model.train()
             part = slice(8 * (step % 3), 8 * (step % 3) + 8)  # three batches an epoch
             optimizer.zero_grad()
-            hat.loss(task.train.images[part], task.train.labels[part], t).backward()
-            hat.after_backward(t)
+            hat.backward(task.train.images[part], task.train.labels[part], t)
             optimizer.step()
             hat.after_step(t)
 
@@ -119,7 +118,7 @@ def test_gradients_of_weights_in_use_are_held_back():
     model.eval()
     hat.loss(*picture_task(1).train, 1).backward()
     expected = gradients(model)
-    hat.after_backward(1)
+    hat.scale_gradients(1)
     found = gradients(model)
     channel = torch.maximum(past["stem"], past["conv1"])  # after the residual sum
     for i in range(4):
@@ -138,6 +137,15 @@ def test_gradients_of_weights_in_use_are_held_back():
             assert_close(found[name], value, msg=name)
 
 
+@pytest.mark.parametrize(("stem", "conv1"), [(0.9, 0.2), (0.2, 0.9)])
+def test_an_input_that_several_layers_feed_is_in_use_if_one_of_their_units_is(stem, conv1):
+    hat = ready(Residual())
+    hat.past |= {"stem": torch.full((4,), stem).double(), "conv1": torch.full((4,), conv1).double()}
+    hat.past["fc"] = torch.ones(6).double()
+    factors = {id(parameter): factor for parameter, factor in hat.factors()}
+    assert_close(factors[id(hat.model.fc.weight)], torch.full((6, 16), 1 - 0.9).double())
+
+
 def test_embedding_gradients_are_compensated():
     model = Residual()
     hat = ready(model, hat_smax=30.0)
@@ -149,7 +157,7 @@ def test_embedding_gradients_are_compensated():
         model.eval()
         hat.loss(images, labels, 1).backward()
         before, s = gradients(model), hat.slope
-        hat.after_backward(1)
+        hat.scale_gradients(1)
         for k, (name, embedding) in enumerate(hat.embeddings.items()):
             for i, e in enumerate(embedding[1].tolist()):
                 held = max(-50.0, min(50.0, s * e))
@@ -217,7 +225,5 @@ def test_refuses_what_it_cannot_gate(layer, message):
 def test_refuses_one_head_for_all_tasks():
     model = tiny.Network()
     del model.heads
-    with pytest.raises(
-        InputError, match="^hat gates units by task, so it needs a head for each task: Network has one$"
-    ):
+    with pytest.raises(InputError, match="^hat is for networks with a head for each task; Network has one for all$"):
         method(model, "hat")

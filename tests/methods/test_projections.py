@@ -117,7 +117,7 @@ def test_ogd_gradients_are_orthogonal_to_old_logits(network):
     stored = torch.cat([*stored, logit_gradients(model, tiny.task(1))])
     ogd.loss(*tiny.task(2).train, 2).backward()
     before = flat_gradient(model)
-    ogd.after_backward(2)
+    ogd.project()
     _, values, directions = torch.linalg.svd(stored, full_matrices=False)
     S = directions[values > 1e-9 * values[0]]  # an orthonormal basis of their span, of rows
     after = before - (before @ S.T) @ S
@@ -149,7 +149,7 @@ def test_ogd_leaves_no_trace_of_stored_gradients_in_float32():
     stored = logit_gradients(model, task)
     ogd.loss(*tiny.task(1, dtype=torch.float32).train, 1).backward()
     before = flat_gradient(model)
-    ogd.after_backward(1)
+    ogd.project()
     assert (stored @ flat_gradient(model)).abs().max() < 1e-4 * stored.norm(dim=1).max() * before.norm()
 
 
@@ -175,5 +175,5 @@ def test_ogd_refuses_networks_whose_gradients_are_not_outer_products():
 
 
 def test_ogd_refuses_heads():
-    with pytest.raises(InputError, match="^ogd is for one head .*; Network has a head for each task$"):
+    with pytest.raises(InputError, match="^ogd is for networks with one head .*; Network has a head for each task$"):
         method(tiny.Network(), "ogd")

@@ -10,19 +10,23 @@ from torch.testing import assert_close
 import main_pmnist
 from dataloader import cifar100
 from engine import load_run
-from engine.checkpoint import load_checkpoint
 from engine.cli import parse
-from engine.experiment import Run, run
+from engine.evaluation import evaluate
+from engine.experiment import Run
+from engine.folder import load_checkpoint
+from engine.standing import TaskProgress
 from engine.task import Split, join
-from engine.training import evaluate, start_task, train_task
+from engine.training import train_task
 from gradproj.errors import InputError
-from methods import METHODS, make_method
+from methods import METHODS
 from models import AlexNet
 from tests import tiny
+from tests.tiny import run
 from tests.tiny_nets import Residual, SingleHead, method, picture_task, pictures
 
-SINGLE_HEAD = [name for name in METHODS if name != "hat"]
-MULTI_HEAD = [name for name in METHODS if name != "ogd"]
+SINGLE_HEAD = [name for name, kind in METHODS.items() if kind.heads != "many"]
+MULTI_HEAD = [name for name, kind in METHODS.items() if kind.heads != "one"]
+SMALL = {"replay_batch": 4, "ogd_samples": 5, "ewc_lambda": 100.0}
 CASES = [(name, SingleHead, tiny.benchmark) for name in SINGLE_HEAD]
 CASES += [(name, Residual, pictures) for name in MULTI_HEAD]
 cases = pytest.mark.parametrize(
@@ -30,9 +34,14 @@ cases = pytest.mark.parametrize(
 )
 
 
+def own_flags(name: str) -> dict[str, float]:
+    """Those of a method's flags that a tiny run needs other values of."""
+    return {flag: value for flag, value in SMALL.items() if flag in METHODS[name].flags}
+
+
 @cases
 def test_runs(tmp_path, quick, name, network, benchmark):
-    options = tiny.options(tmp_path, method=name, replay_batch=4, ogd_samples=5, ewc_lambda=100.0)
+    options = tiny.options(tmp_path, method=name, **own_flags(name))
     model = network()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     summary = run(options, benchmark(), model)
@@ -55,7 +64,7 @@ def test_runs(tmp_path, quick, name, network, benchmark):
 @pytest.mark.parametrize("name", MULTI_HEAD)
 def test_a_last_batch_of_one_image_joins_the_one_before(tmp_path, quick, name):
     """BatchNorm refuses a single image, wherever a method passes over the training images."""
-    options = tiny.options(tmp_path, method=name, n_epochs=1, n_tasks=2, batch_size_train=8, replay_batch=4)
+    options = tiny.options(tmp_path, method=name, n_epochs=1, n_tasks=2, batch_size_train=8, **own_flags(name))
     assert run(options, tiny.benchmark(2, n_train=65), tiny.Network(2))["finished"]
 
 
@@ -64,7 +73,7 @@ def test_a_last_batch_of_one_image_joins_the_one_before(tmp_path, quick, name):
 def test_continues_after_a_failure_to_the_same_numbers(
     tmp_path, quick, monkeypatch, name, network, benchmark, n_epochs_done
 ):
-    changes = {"method": name, "schedule": "constant", "replay_batch": 4, "ogd_samples": 5, "ewc_lambda": 100.0}
+    changes = {"method": name, "schedule": "constant", **own_flags(name)}
     if name == "multitask":
         changes["n_epochs"] = 5  # it has one task only
 
@@ -99,13 +108,14 @@ def test_continues_after_a_failure_to_the_same_numbers(
 def test_state_is_a_snapshot():
     """An epoch boundary's state is kept while training goes on, so nothing in it may change in place."""
     for name, network, benchmark in CASES:
-        options = tiny.options("unused", method=name, replay_batch=4, ogd_samples=5)
-        learner = make_method(network(), options)
+        options = tiny.options("unused", method=name, **own_flags(name))
+        learner = METHODS[name](network(), options)
         tasks = [join(benchmark().tasks, 2)] * 2 if learner.joint else benchmark().tasks
         snapshots = []
         for t in range(2):
+            learner.before_task(t, tasks[t])
             with learner.learning(t, tasks[t]):
-                train_task(learner, t, tasks[t], options, start_task(options), lambda *_: None)
+                train_task(learner, t, tasks[t], TaskProgress.beginning(options), lambda *_: None)
             learner.after_task(t, tasks[t])
             state = learner.state_dict()
             snapshots.append((state, [leaf.clone() for leaf in leaves(state)]))
@@ -182,12 +192,12 @@ def test_single_trains_a_network_of_its_own_for_each_task(tmp_path, quick):
     for i, row in enumerate(summary["accuracy"]):
         assert row[: i + 1] == [summary["accuracy"][j][j] for j in range(i + 1)]
     assert summary["backward_transfer"] == 0
-    single = make_method(Residual(), options)
+    single = METHODS["single"](Residual(), options)
     for t in range(3):  # naive training from the same start
         model = Residual()
         model.load_state_dict(single.fresh(t))
-        naive = make_method(model, tiny.options(tmp_path, method="naive"))
-        train_task(naive, t, picture_task(t), naive.options, start_task(naive.options), lambda *_: None)
+        naive = method(model, "naive")
+        train_task(naive, t, picture_task(t), TaskProgress.beginning(naive.options), lambda *_: None)
         assert evaluate(model, t, picture_task(t).test, options.batch_size_test)[1] == summary["accuracy"][t][t]
 
 
@@ -208,13 +218,12 @@ def test_single_starts_afresh():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"memory_images": 0}, "memory_images is 0; it must be positive"),
-        ({"replay_batch": -1}, "replay_batch is -1; it must be positive"),
-        ({"ewc_lambda": -1.0}, "ewc_lambda is -1.0; it must be 0 or more"),
-        ({"owm_alpha": 0.0}, "owm_alpha is 0.0; it must be positive"),
-        ({"ogd_samples": 0}, "ogd_samples is 0; it must be positive"),
-        ({"hat_smax": 0.5}, "hat_smax is 0.5; it must be 1 or more"),
-        ({"hat_sparsity": -0.1}, "hat_sparsity is -0.1; it must be 0 or more"),
+        ({"method": "er", "memory_images": 0}, "memory_images is 0; it must be positive"),
+        ({"method": "a_gem", "replay_batch": -1}, "replay_batch is -1; it must be positive"),
+        ({"method": "ewc", "ewc_lambda": -1.0}, "ewc_lambda is -1.0; it must be 0 or more"),
+        ({"method": "owm", "owm_alpha": 0.0}, "owm_alpha is 0.0; it must be positive"),
+        ({"method": "hat", "hat_smax": 0.5}, "hat_smax is 0.5; it must be 1 or more"),
+        ({"method": "hat", "hat_sparsity": -0.1}, "hat_sparsity is -0.1; it must be 0 or more"),
     ],
 )
 def test_refuses_values_that_no_run_can_use(tmp_path, changes, message):
@@ -228,9 +237,9 @@ def test_refuses_values_that_no_run_can_use(tmp_path, changes, message):
 @pytest.mark.parametrize("name", METHODS)
 def test_permuted_mnist(tmp_path, quick, name):
     flags = ["--data", "embedded", "--n_tasks", "2", "--n_train", "4", "--n_epochs", "1", "--device", "cpu", "--quiet"]
-    flags += ["--method", name, "--ogd_samples", "3", "--output_dir", str(tmp_path), "--data_dir", str(tmp_path)]
+    flags += ["--method", name, "--output_dir", str(tmp_path), "--data_dir", str(tmp_path)]
     if name == "hat":
-        with pytest.raises(InputError, match="^hat gates .* needs a head for each task: MLP has one$"):
+        with pytest.raises(InputError, match="^hat is for networks with a head for each task; MLP has one for all$"):
             main_pmnist.main(flags)
         return
     assert main_pmnist.main(flags)["average_accuracy"] > 5
@@ -267,8 +276,8 @@ def test_cifar100(tmp_path, quick, small_cifar100, name):
 def test_a_methods_own_learning_rate_unless_another_is_given(tmp_path, flags, expected):
     config = tmp_path / "config.json"
     config.write_text('{"hyperparameters": {"method": "ogd", "lr": 0.5}}')
-    assert parse(main_pmnist.Hyperparameters, flags.format(config).split(), "").lr == expected
-    assert parse(main_pmnist.Hyperparameters, ["--config", str(config)], "").lr == 0.5
+    assert parse(main_pmnist.Hyperparameters, METHODS, flags.format(config).split(), "")[0].lr == expected
+    assert parse(main_pmnist.Hyperparameters, METHODS, ["--config", str(config)], "")[0].lr == 0.5
 
 
 def test_an_alpha_that_rounding_swallows_is_one_line(tmp_path):

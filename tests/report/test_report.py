@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 
 from gradproj.errors import InputError
 from report import __main__ as report
+from report import pages, tables
 from report import rows as comparison
 from report import runs as summaries
-from report import tables
 from report.plots import draw as figures
-from report.plots import plots
+from report.plots.accuracy import accuracy_heat_map, accuracy_over_time, mean_matrix
+from report.plots.memory import mean_columns, memory_growth
+from report.plots.style import save
 from report.published import PUBLISHED, Estimate, reproduced
 from tests import ROOT
 
@@ -106,10 +108,10 @@ def test_a_row_of_three_seeds(tmp_path):
         ({"data": {"kind": "embedded", "notes": []}}, "embedded data"),
         ({"method": "naive"}, "nothing published"),
         ({"method": "multitask", "average_accuracy": 79.0, "backward_transfer": None}, "yes"),
-        ({"benchmark": "cifar100_superclass", "average_accuracy": 57.0}, "yes, paper's figure unverified"),
+        ({"benchmark": "cifar100_superclass", "average_accuracy": 57.0, "backward_transfer": -1.0}, "yes"),
         (
             {"benchmark": "cifar100_superclass", "variant": "protocol=released"},
-            "no (ACC above), paper's figure unverified",
+            "no (ACC above and BWT below)",
         ),
     ],
 )
@@ -180,7 +182,7 @@ def test_unfinished_runs_are_listed_with_their_position(tmp_path, capsys):
     (folder / "summary.json").unlink()
     (folder / "epochs.jsonl").write_text('{"task": 0, "epoch": 7}\n')
     assert report.main([str(tmp_path)]) == 0
-    assert f"unfinished: {folder} (saved at task 1/2, epoch 7" in capsys.readouterr().out
+    assert f"unfinished: {folder} (begun: task 1/2, epoch 7" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", ["absent", "."])
@@ -245,13 +247,13 @@ def test_costs_and_interference_are_drawn_where_they_are_known(tmp_path):
 
 def test_costs_are_relative_to_the_largest_memory_and_per_epoch(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "bars", lambda scores, *rest, **more: drawn.append(scores) or Figure())
+    monkeypatch.setattr(figures, "bars", lambda scores, *rest, **more: drawn.append(scores) or Figure())
     write(tmp_path / "a", **with_costs())
     write(tmp_path / "b", **with_costs(method="naive", memory_floats=0, memory_input_sizes={}, memory_columns={}))
     figures.draw(rows_of(tmp_path), tmp_path / "figures")
     # 576 floats of 48 x 48 possible ones; 50 s over 2 + 3 epochs.
     gpm, naive = ((Estimate(share, None, 1), Estimate(10.0, None, 1)) for share in (25.0, 0.0))
-    assert drawn[1] == {"gpm": gpm, "naive": naive}
+    assert drawn[1] == {"GPM": gpm, "naive": naive}
 
 
 def test_a_sweep_is_drawn_over_its_hyperparameter(tmp_path, capsys):
@@ -274,16 +276,16 @@ def test_a_sweep_is_drawn_over_its_hyperparameter(tmp_path, capsys):
 def test_pictures_of_extreme_sizes(tmp_path, n_tasks, n_layers):
     accuracy = [[float(j) if j <= i else None for j in range(n_tasks)] for i in range(n_tasks)]
     layers = [f"layer{i}" for i in range(n_layers)]
-    plots.save(plots.accuracy_heat_map(accuracy, "accuracy"), tmp_path / "a.png")
-    growth = plots.memory_growth(dict.fromkeys(layers, [1] * n_tasks), dict.fromkeys(layers, 2), "memory")
-    plots.save(growth, tmp_path / "b.png")
-    plots.save(plots.accuracy_over_time({"gpm": [accuracy], "mine": [accuracy]}, "time"), tmp_path / "c.png")
+    save(accuracy_heat_map(accuracy, "accuracy"), tmp_path / "a.png")
+    growth = memory_growth(dict.fromkeys(layers, [1] * n_tasks), dict.fromkeys(layers, 2), "memory")
+    save(growth, tmp_path / "b.png")
+    save(accuracy_over_time({"gpm": [accuracy], "mine": [accuracy]}, "time"), tmp_path / "c.png")
     assert all((tmp_path / f"{name}.png").stat().st_size > 0 for name in "abc")
 
 
 def test_mean_matrix_and_columns_by_hand():
-    assert plots.mean_matrix([[[90.0, None], [80.0, 60.0]], [[70.0, None], [60.0, 50.0]]]) == [[80, None], [70, 55]]
-    assert plots.mean_columns([{"fc1": [2, 4]}, {"fc1": [4, 4]}]) == {"fc1": [3.0, 4.0]}
+    assert mean_matrix([[[90.0, None], [80.0, 60.0]], [[70.0, None], [60.0, 50.0]]]) == [[80, None], [70, 55]]
+    assert mean_columns([{"fc1": [2, 4]}, {"fc1": [4, 4]}]) == {"fc1": [3.0, 4.0]}
 
 
 def test_collect_then_readme(tmp_path, capsys):
@@ -292,7 +294,7 @@ def test_collect_then_readme(tmp_path, capsys):
     assert report.main([str(tmp_path / "runs"), "--collect", str(results)]) == 0
     copy = results / "real/cifar100/gpm/n_epochs=20/seed-1.json"
     assert json.loads(copy.read_text())["hyperparameters"] == {"n_epochs": 20}  # nothing of the machine's folders
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme.write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
     assert report.main([str(results), "--readme", str(readme)]) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "| 80.00 |" in text
@@ -304,15 +306,45 @@ def test_collect_then_readme(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_readmes_table_is_what_the_results_say():
-    readme = ROOT / "README.md"
-    parts = report.split_readme(readme.read_text(encoding="utf-8")) if readme.exists() else None
-    if parts is None:
-        pytest.skip("the README has no table of results")
+@pytest.mark.parametrize(("page", "kind"), [("README.md", "readme"), ("docs/results.md", "page")])
+def test_the_pages_tables_are_what_the_results_say(page, kind):
+    parts = pages.split_page((ROOT / page).read_text(encoding="utf-8"))
     runs, problems = summaries.find_runs([ROOT / "results" / "real"])
     assert not problems
-    expected = report.block(comparison.summarise(runs), problems)
-    assert parts[1] == expected, "run: python -m report results/real --readme README.md"
+    expected = pages.block(pages.PAGES[kind](comparison.summarise(runs), problems))
+    assert parts[1] == expected, "run: python -m report results/real --readme README.md --page docs/results.md"
+
+
+def test_the_short_table_has_the_row_nearest_to_the_paper_for_each_benchmark_and_method(tmp_path):
+    write(tmp_path / "a", variant="n_epochs=20", average_accuracy=70.0)
+    write(tmp_path / "b", average_accuracy=71.0)
+    write(tmp_path / "c", method="ewc", variant="n_epochs=10", average_accuracy=61.0)
+    write(tmp_path / "d", method="ewc", variant="n_epochs=20", average_accuracy=62.0, seconds={"total": 99.0})
+    write(tmp_path / "e", method="naive", data={"kind": "embedded", "notes": []})
+    text = pages.short_table(rows_of(tmp_path), [])
+    assert [line.split(" | ")[3] for line in text.splitlines() if line.startswith("| 10-split")] == ["62.00", "71.00"]
+    assert "python main" not in text
+    assert "| 70.00 |" in pages.all_tables(rows_of(tmp_path), [])
+
+
+def test_forward_transfer_is_against_the_network_of_the_same_seed(tmp_path):
+    for seed, alone in ((1, 70.0), (2, 72.0)):
+        matrix = [[90.0, None], [90.0, alone]]
+        write(tmp_path / f"single-{seed}", method="single", seed=seed, accuracy=matrix, backward_transfer=0.0)
+        write(tmp_path / f"gpm-{seed}", seed=seed, accuracy=[[90.0, None], [80.0, 75.0]])
+    write(tmp_path / "joint", method="multitask", accuracy=[[None, None], [90.0, 80.0]], backward_transfer=None)
+    found = {row.method: row.forward_transfer for row in rows_of(tmp_path)}
+    assert found["gpm"] == comparison.estimate([5.0, 3.0])
+    assert found["single"].mean == 0 and found["multitask"] is None
+    assert "+4.00 ± 1.41" in tables.as_text(rows_of(tmp_path), [])
+    assert "FWT" not in tables.as_text(rows_of(tmp_path / "gpm-1"), [])
+
+
+def test_methods_that_know_the_task_at_test_are_marked(tmp_path):
+    rows = rows_of(write(tmp_path / "a", method="hat"), write(tmp_path / "b"))
+    for form, mark in (("text", "HAT ‡"), ("markdown", "HAT ‡"), ("latex", r"HAT $\ddagger$")):
+        assert mark in tables.FORMATS[form](rows, [])
+    assert "GPM ‡" not in tables.as_text(rows, [])
 
 
 def test_the_search_over_hyperparameters_is_what_the_results_say():
@@ -350,13 +382,8 @@ def test_a_method_at_its_own_learning_rate_stands_among_the_others(tmp_path):
     ]
     for i, (method, variant, lr) in enumerate(plan):
         write(tmp_path / str(i), method=method, variant=variant, hyperparameters={"lr": lr})
-    kinds = {(row.method, row.variant): figures._kind(row) for row in rows_of(tmp_path)}
-    assert [kinds[method, variant] for method, variant, _ in plan] == [
-        "n_epochs=5",
-        "n_epochs=5",
-        "n_epochs=5,lr=0.01",
-        "default",
-    ]
+    found = [row.variant for i in range(len(plan)) for row in rows_of(tmp_path / str(i))]
+    assert found == ["n_epochs=5", "n_epochs=5", "n_epochs=5,lr=0.01", "default"]
 
 
 def test_a_search_shows_the_validation_accuracy(tmp_path, capsys):

@@ -13,7 +13,8 @@ import main_cifar100_superclass
 import main_five_datasets
 import main_pmnist
 from dataloader.embedded import render as embedded
-from engine.cli import default_of, parse
+from engine.cli import parse
+from engine.options import default_of
 from gradproj.errors import DivergenceError, InputError
 from methods import METHODS
 from tests.faults import COUNTS
@@ -35,10 +36,16 @@ text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 value = st.one_of(st.sampled_from(JUNK), text, st.integers().map(str), st.floats().map(str))
 
 
+def flags_of(script) -> dict[str, dataclasses.Field]:
+    """All flags by name, those of every method too."""
+    own = {field.name: field for field in dataclasses.fields(script.Hyperparameters)}
+    return own | {name: field for method in METHODS.values() for name, field in method.flags.items()}
+
+
 @st.composite
 def command_lines(draw, script):
     """Some of a script's flags, each with values of its own kind or junk, and some that it does not have."""
-    names = [field.name for field in dataclasses.fields(script.Hyperparameters)] + ["config", "help", "no_such_flag"]
+    names = [*flags_of(script), "config", "help", "no_such_flag"]
     line = []
     for name in draw(st.lists(st.sampled_from(names), max_size=4)):
         values = draw(st.lists(value, max_size=3))
@@ -68,12 +75,12 @@ def test_parsing_gives_options_or_one_line(script, capsys):
     @given(command_lines(script))
     def check(line):
         COUNTS["command lines tried"] += 1
-        parsed = refused_or(lambda: parse(script.Hyperparameters, line, ""))
+        parsed = refused_or(lambda: parse(script.Hyperparameters, METHODS, line, ""))
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) <= 1
         if parsed is not None:
-            for field in dataclasses.fields(parsed):
-                found, default = getattr(parsed, field.name), default_of(field)
+            for field in dataclasses.fields(parsed[0]):
+                found, default = getattr(parsed[0], field.name), default_of(field)
                 if default is not None and field.name != "n_samples":
                     assert isinstance(found, type(default))
 
@@ -100,7 +107,7 @@ def test_config_of_odd_values_gives_options_or_one_line(tmp_path, capsys):
         config = {"hyperparameters": vars(main_pmnist.Hyperparameters()) | changes}
         config = {0: whole, 1: {"hyperparameters": whole}}.get(kind, config)
         path.write_text(json.dumps(config))
-        refused_or(lambda: parse(main_pmnist.Hyperparameters, ["--config", str(path)], ""))
+        refused_or(lambda: parse(main_pmnist.Hyperparameters, METHODS, ["--config", str(path)], ""))
         assert len(capsys.readouterr().err.splitlines()) <= 1
 
     check()
@@ -110,7 +117,7 @@ def test_config_of_odd_values_gives_options_or_one_line(tmp_path, capsys):
 def test_damaged_config_is_one_line(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(InputError, match=r"config.json is not the config.json of a run|of another script"):
-        parse(main_pmnist.Hyperparameters, ["--config", str(tmp_path / "config.json")], "")
+        parse(main_pmnist.Hyperparameters, METHODS, ["--config", str(tmp_path / "config.json")], "")
     COUNTS["damaged files"] += 1
 
 
@@ -131,7 +138,7 @@ ANY_NUMBER = [-1, 0, 1e-320, 1e-8, 0.1, 0.5, 0.999, 1, 1.5, 3, 1e10, 1e300, "nan
 @st.composite
 def small_runs(draw):
     line = []
-    fields = {field.name: field for field in dataclasses.fields(main_pmnist.Hyperparameters)}
+    fields = flags_of(main_pmnist)
     left_out = {"data", "data_dir", "output_dir", "run_folder", "device", "quiet", "tensorboard"}
     for name in draw(st.lists(st.sampled_from(sorted(fields.keys() - left_out)), min_size=1, max_size=5, unique=True)):
         default = default_of(fields[name])
@@ -187,7 +194,7 @@ def test_small_runs_end_well_or_in_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_options_are_not_shared_between_command_lines():
-    first = parse(main_cifar100.Hyperparameters, [], "")
+    first, _ = parse(main_cifar100.Hyperparameters, METHODS, [], "")
     before = copy.deepcopy(first)
-    parse(main_cifar100.Hyperparameters, ["--samples", "conv1=3"], "").samples["x"] = 1
-    assert parse(main_cifar100.Hyperparameters, [], "") == before == first
+    parse(main_cifar100.Hyperparameters, METHODS, ["--samples", "conv1=3"], "")[0].samples["x"] = 1
+    assert parse(main_cifar100.Hyperparameters, METHODS, [], "")[0] == before == first

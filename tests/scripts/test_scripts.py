@@ -16,7 +16,9 @@ import torch
 
 from dataloader.embedded import render as embedded
 from engine import hardware
-from engine.cli import default_of, script
+from engine.cli import script
+from engine.options import Options, default_of, with_flags
+from methods import METHODS
 from tests import ROOT
 
 # Raw sets, further flags of a tiny run, most tasks.
@@ -24,12 +26,9 @@ SCRIPTS = {
     "main_pmnist": (["mnist"], ["--n_hidden", "20", "--n_outputs", "10"], None),
     "main_cifar100": (["cifar100"], [], 10),
     "main_cifar100_superclass": (["cifar100"], ["--t_order", "1"], 20),
-    "main_five_datasets": (
-        ["notmnist", "mnist"],
-        "--datasets notmnist mnist --n_samples 10 --samples conv1=5 layer4=10".split(),
-        5,
-    ),
+    "main_five_datasets": (["notmnist", "mnist"], ["--datasets", "notmnist", "mnist"], 5),
 }
+FEW_SAMPLES = {"main_five_datasets": "--n_samples 10 --samples conv1=5 layer4=10".split()}  # of method gpm
 # Flags of the authors' released scripts, which must keep their meaning.
 RELEASED = (
     "--n_epochs 1 --batch_size_train 16 --batch_size_test 32 --seed 5 --pc_valid 0.2 --lr 0.02 --momentum 0.1 "
@@ -58,7 +57,8 @@ def main(name: str, *arguments: object) -> dict:
 @pytest.fixture
 def tiny_run(data_dir):
     def call(name: str, output_dir: Path, *arguments: object) -> dict:
-        return main(name, *TINY, *SCRIPTS[name][1], "--data_dir", data_dir, "--output_dir", output_dir, *arguments)
+        flags = [*TINY, *SCRIPTS[name][1], *([] if "--method" in arguments else FEW_SAMPLES.get(name, []))]
+        return main(name, *flags, "--data_dir", data_dir, "--output_dir", output_dir, *arguments)
 
     return call
 
@@ -130,9 +130,13 @@ def test_help_shows_every_flag_with_its_meaning_and_default(name, monkeypatch, c
         main(name, "--help")
     assert stopped.value.code == 0
     entries = re.split(r"\n  (?=--)", capsys.readouterr().out)  # one a flag
-    for field in dataclasses.fields(importlib.import_module(name).Hyperparameters):
+    script = list(dataclasses.fields(importlib.import_module(name).Hyperparameters))
+    of_methods = [field for method in METHODS.values() for field in dataclasses.fields(with_flags(Options, method))]
+    for field in {field.name: field for field in [*of_methods, *script]}.values():
         (entry,) = [entry for entry in entries if re.match(rf"--{field.name}\s", entry)]
         assert field.metadata["help"] in entry
+        if field not in script:
+            continue
         default = default_of(field)
         if default not in (None, False, {}):
             own = "; ogd 0.001; hat 0.05" if field.name == "lr" else ""  # of the methods
@@ -172,7 +176,7 @@ BAD = {
     "unknown method": ("--method magic", "magic"),
     "unknown data": ("--data imaginary", "imaginary"),
     "unknown protocol": ("--protocol secret", "secret"),
-    "unknown device": ("--device abacus", "device 'abacus' is not to be had here; use one of: auto, cpu"),
+    "unknown device": ("--device abacus", "device 'abacus' is not available here; use one of: auto, cpu"),
     "unknown flag": ("--speed 3", "--speed"),
     "threshold 0": ("--threshold 0", "threshold is 0.0; it must be in (0, 1]"),
     "threshold above 1": ("--threshold 1.01", "threshold is 1.01; it must be in (0, 1]"),
@@ -195,6 +199,14 @@ BAD = {
     "all held out": ("--pc_valid 1", "pc_valid is 1.0; it must be in [0, 1)"),
     "samples of no layer": ("--samples fc77=3", "samples names 'fc77', which is no layer"),
     "samples without count": ("--samples fc1", "fc1"),
+    "another method's flag": ("--ewc_lambda 3", "--ewc_lambda is a flag of ewc; this run's is gpm"),
+    "a flag that the method does not read": ("--threshold 0.9 --method naive", "is a flag of gpm; this run's is naive"),
+    "an abbreviation": ("--n_ep 3", "--n_ep"),
+    "samples of all images": ("--n_samples all --samples fc1=3", "n_samples is all, which leaves samples nothing"),
+    "lr that ends a task at once": (
+        "--schedule plateau --lr 0.0001",
+        "lr is 0.0001; it must be lr_min = 0.001 or more",
+    ),
 }
 
 
@@ -209,7 +221,7 @@ def test_bad_input(name, case, refused, data_dir, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @every_script
 def test_no_gpu(name, refused, data_dir):
-    assert "device 'cuda' is not to be had here; use one of: auto, cpu" in refused(name, *TINY, "--device", "cuda")
+    assert "device 'cuda' is not available here; use one of: auto, cpu" in refused(name, *TINY, "--device", "cuda")
 
 
 @pytest.mark.parametrize("name", [name for name, (_, _, most) in SCRIPTS.items() if most])
@@ -248,7 +260,7 @@ def test_task_order_that_was_not_published(order, refused, data_dir):
     ("flags", "message"),
     [
         (["--n_outputs", 9], "MLP has 9 outputs for the 10 classes of permutation 0"),
-        (["--n_hidden", 0], "an MLP of 784, 0 and 10 units; every layer must have at least 1"),
+        (["--n_hidden", 0], "n_hidden is 0; it must be positive"),
     ],
     ids=["fewer outputs than digits", "no hidden units"],
 )
@@ -305,7 +317,7 @@ def test_output_folder_that_cannot_be_written(name, refused, data_dir, tmp_path)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [("--method magic", "magic"), ("--lr 0", "lr is 0.0; it must be positive")],
-    ids=["by argparse", "by gpm"],
+    ids=["by argparse", "by the engine"],
 )
 def test_bad_input_of_a_process(flags, message, tmp_path):
     command = [sys.executable, ROOT / "main_pmnist.py", *flags.split(), "--output_dir", tmp_path]

@@ -9,48 +9,49 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from methods import METHODS
 from sweep import __main__ as sweep
-from sweep import jobs
+from sweep import jobs, machine, plan
 from tests import ROOT
 from tests.faults import process_list
 
 SCRIPTS = ("run_experiments.sh", "run_tests.sh", ".ci/run", ".ci/environment.sh")
 
-# Stands for a main script: prints what one prints and leaves a folder.
+# Stands for a main script: leaves what one leaves in a folder.
 FAKE = """
 import json, pathlib, sys, time
 folder, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "began").touch()
-print("task 1/2 epoch 3/5: loss 0.5, lr 0.01, 1.0 s\\ntask 1/2 (permutation 0) learned; row", flush=True)
+with (folder / "epochs.jsonl").open("w") as file:
+    for task, epoch in ((0, 5), (1, 1)):
+        print(json.dumps({"task": task, "epoch": epoch, "train_loss": 0.5, "lr": 0.01}), file=file)
 time.sleep(seconds)
 (folder / "summary.json").write_text(json.dumps({
     "benchmark": "pmnist", "method": "gpm", "variant": "default", "seed": 1, "device": "cpu", "finished": True,
     "data": {"kind": "embedded"}, "average_accuracy": 90.0, "backward_transfer": -1.0, "accuracy": [[90.0]],
-    "seconds": {"total": 1.0},
+    "seconds": {"total": 1.0}, "hyperparameters": {"n_tasks": 2, "threshold": [0.9]},
 }))
-print("pmnist: ACC 90.00 %, BWT -1.00, 1 s")
-print(f"  {folder}/summary.json, accuracy.csv")
 """
 
 
 def fake_job(tmp_path, name, seconds=0.0, code=FAKE):
     command = (sys.executable, "-u", "-c", code, str(tmp_path / name), str(seconds))
-    return jobs.Job(name, command, tmp_path / "logs" / f"{name}.log")
+    found = {"n_tasks": 2, "threshold": (0.9,)}
+    return jobs.Job(name, command, tmp_path / "logs" / f"{name}.log", tmp_path / name, found, n_epochs=5)
 
 
 def commands(*argv):
-    args, passed_on = sweep.parse(argv)
-    return [job.command[2:] for job in sweep.make_jobs(args, passed_on)]
+    return [job.command[2:] for job in plan.make_jobs(sweep.wanted(*sweep.parse(argv)))]
 
 
 def test_without_arguments_all_benchmarks_run_on_embedded_data_with_both_methods():
     found = commands()
-    assert {Path(script).name for script, *_ in found} == {f"main_{name}.py" for name in sweep.PAPER}
+    assert {Path(script).name for script, *_ in found} == {f"main_{name}.py" for name in plan.PAPER}
     assert len(found) == 8
     assert all(flags[:2] == ("--data", "embedded") for _, *rest in found for flags in [tuple(rest)])
     assert {flags[flags.index("--method") + 1] for flags in found} == {"gpm", "naive"}
@@ -60,9 +61,10 @@ def test_paper_passes_seeds_and_unknown_flags_on():
     found = commands(
         "paper", "--only", "pmnist", "--methods", "gpm", "--seeds", "1", "2", "--n_epochs", "3", "--device", "cpu"
     )
-    expected = ("--method", "gpm", "--output_dir", "runs", "--n_epochs", "3", "--device", "cpu", "--seed")
+    expected = ("--n_epochs", "3", "--device", "cpu", "--method", "gpm", "--output_dir", "runs", "--seed")
     assert [command[1:] for command in found] == [(*expected, "1"), (*expected, "2")]
-    assert commands("--n_epochs", "3")[0][-2:] == ("--n_epochs", "3")
+    given = commands("--n_epochs", "3")[0]
+    assert [given[i + 1] for i, word in enumerate(given) if word == "--n_epochs"][-1] == "3"
     assert "--seed" not in commands("paper")[0]
 
 
@@ -75,35 +77,45 @@ def test_a_table_is_methods_by_benchmarks_by_seeds():
 
 def test_methods_that_do_not_fit_a_benchmark_are_left_out(capsys):
     found = commands("paper", "--methods", "hat", "ogd", "gpm")
-    assert len(found) == 2 * len(sweep.PAPER)
+    assert len(found) == 2 * len(plan.PAPER)
     assert not any("hat" in command and "main_pmnist" in command[0] for command in found)
     assert {command[0] for command in found if "ogd" in command} == {str(ROOT / "main_pmnist.py")}
-    assert "left out: pmnist hat, which needs a head for each task\n" in capsys.readouterr().out
+    assert "left out: pmnist hat, which is for networks with a head for each task\n" in capsys.readouterr().out
     assert sweep.main(["paper", "--only", "pmnist", "--methods", "hat"]) == 2
     assert "leaves nothing to run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("n_jobs", "cores", "gpu", "gigabytes", "expected"),
-    [(8, 2, False, 24, 2), (1, 2, False, 24, 1), (100, 64, False, 64, 12), (8, 16, True, 24, 1), (8, 4, False, 1, 1)],
+    [
+        (8, 2, None, 24, 2),
+        (1, 2, None, 24, 1),
+        (100, 64, None, 64, 12),
+        (8, 4, None, 1, 1),
+        (8, 16, 80, 128, 4),  # a quarter of a GPU each
+        (8, 16, 12, 128, 2),  # as many as its memory holds
+        (8, 16, 4, 128, 1),
+    ],
 )
 def test_runs_side_by_side_as_the_machine_allows(monkeypatch, n_jobs, cores, gpu, gigabytes, expected):
-    monkeypatch.setattr(jobs, "available_cores", lambda: cores)
-    monkeypatch.setattr(jobs.torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(jobs, "available_memory", lambda: gigabytes * 2**30)
-    assert jobs.usual_jobs(n_jobs) == expected
+    monkeypatch.setattr(machine, "available_cores", lambda: cores)
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: gpu is not None)
+    properties = SimpleNamespace(total_memory=(gpu or 0) * 2**30)
+    monkeypatch.setattr(machine.torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(machine, "available_memory", lambda: gigabytes * 2**30)
+    assert machine.default_jobs(n_jobs) == expected
 
 
 @pytest.mark.parametrize(("text", "expected"), [("3", 3), ("4,2", 4), ("", None), ("0", None), ("many", None)])
 def test_threads_that_the_environment_asks_for(monkeypatch, text, expected):
     monkeypatch.setenv("OMP_NUM_THREADS", text)
-    assert jobs.wanted_threads() == expected
+    assert machine.wanted_threads() == expected
 
 
 def test_a_sweep_runs_gpm_at_each_value():
     found = commands("paper", "--only", "pmnist", "--sweep", "threshold=0.9 0.95 0.95,0.99", "--seeds", "1")
     tail = [command[command.index("--threshold") + 1 :] for command in found]
-    assert tail == [("0.9", "0.95", "0.95"), ("0.99",)]
+    assert tail == [("0.9", "0.95", "0.95", "--seed", "1"), ("0.99", "--seed", "1")]
     assert all("gpm" in command for command in found)
     methods = ("--methods", "gpm", "ewc")
     assert len(commands("paper", "--only", "pmnist", "--sweep", "lr=0.1,0.2", *methods)) == 4
@@ -152,7 +164,7 @@ def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, capsys):
     assert sorted(outcome.folders) == [tmp_path / "first", tmp_path / "last"]
     said = capsys.readouterr().out
     assert "bad: FAILED with exit code 2" in said and "no such thing" in said
-    assert "first: ACC 90.00 %, BWT -1.00" in said and "first: task 1/2 (permutation 0) learned\n" in said
+    assert "first: ACC 90.00 %, BWT -1.00" in said and "first: 1 of 2 tasks learned\n" in said
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, capsys):
@@ -164,6 +176,24 @@ def test_a_finished_run_is_not_run_again(tmp_path, capsys):
     (tmp_path / "once/summary.json").write_text("{")  # damaged since: run it again
     jobs.run_jobs([job], 1, 1)
     assert (tmp_path / "once/began").exists()
+
+
+def test_a_finished_run_of_other_hyperparameters_is_not_taken_for_the_one_asked_for(tmp_path):
+    job = fake_job(tmp_path, "once")
+    jobs.run_jobs([job], 1, 1)
+    (tmp_path / "once/began").unlink()
+    jobs.run_jobs([job._replace(hyperparameters={"n_tasks": 2, "threshold": (0.95,)})], 1, 1)
+    assert (tmp_path / "once/began").exists()  # its own script is asked, which refuses or begins anew
+
+
+def test_a_methods_flag_goes_to_that_method_alone(capsys):
+    found = commands("paper", "--only", "pmnist", "--methods", "gpm", "ewc", "--ewc_lambda", "3", "--threshold", "0.9")
+    assert [("--ewc_lambda" in command, "--threshold" in command) for command in found] == [
+        (False, True),
+        (True, False),
+    ]
+    assert sweep.main(["paper", "--ewc_lambda", "3"]) == 2
+    assert "--ewc_lambda is a flag of ewc, which this command does not run" in capsys.readouterr().err
 
 
 def test_no_more_than_n_at_once(tmp_path):
@@ -180,11 +210,11 @@ def test_a_signal_stops_every_run(tmp_path, signal_number, code):
 import signal, sys
 from pathlib import Path
 from sweep import jobs, __main__ as sweep
-from methods import METHODS
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts the tests may have them ignore it
-plan = [jobs.Job(n, (sys.executable, "-u", "-c", {FAKE!r}, f"{tmp_path}/{{n}}", "60"), Path("{tmp_path}", n + ".log"))
-        for n in "ab"]
-sweep.make_jobs = lambda args, passed_on: plan
+folder = Path("{tmp_path}")
+command = lambda name: (sys.executable, "-u", "-c", {FAKE!r}, str(folder / name), "60")
+plan = [jobs.Job(n, command(n), folder / (n + ".log"), folder / n, {{"n_tasks": 2}}, 5) for n in "ab"]
+sweep.make_jobs = lambda wanted: plan
 sys.exit(sweep.main(["--jobs", "2"]))
 """
     process = subprocess.Popen(

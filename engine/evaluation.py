@@ -1,0 +1,32 @@
+"""What a network has learned: loss and accuracy on a split."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from engine.task import Split, batches
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, t: int, split: Split, batch_size: int) -> tuple[float, float]:
+    """Mean loss and accuracy (percent) on a split of task t, in eval mode and in the split's own order.
+
+    A split of joined tasks (engine.task.join) is measured task by task.
+    """
+    if split.labels.ndim == 2:
+        parts = [(j, split.of_task(j)) for j in split.labels[:, 1].unique().tolist()]
+        results = [(len(part.labels), *evaluate(model, j, part, batch_size)) for j, part in parts]
+        n = len(split.labels)
+        return sum(m * loss for m, loss, _ in results) / n, sum(m * accuracy for m, _, accuracy in results) / n
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=split.labels.device)
+    correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
+    n = len(split.labels)
+    for start, stop in batches(n, batch_size):
+        labels = split.labels[start:stop]
+        logits = model(split.images[start:stop], t)
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+    return loss.item() / n, 100 * correct.item() / n

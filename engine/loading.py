@@ -1,0 +1,116 @@
+"""Reading a run back: its network, its method and what it recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from engine.folder import load_checkpoint
+from engine.method import Method
+from engine.options import Options, with_flags
+from engine.record import read_summary
+from gradproj import GradientProjectionMemory
+from gradproj.errors import InputError
+from gradproj.normalization import Statistics
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What a run left behind, for inference and analysis.
+
+    Attributes:
+        model: with the weights of its end (or last checkpoint), in eval mode, on the CPU.
+        method: as it was then. Some test with more than the model: `with run.method.testing(t): run.model(images, t)`.
+        memory: the model's bases; None for methods without.
+        config: the content of config.json.
+        summary: the content of summary.json; None while the run is unfinished.
+        statistics: with `--batchnorm task`, by task what `fixed_statistics(model, statistics[t])` of
+            `gradproj.normalization` needs to test as the run did; else empty.
+    """
+
+    model: nn.Module
+    method: Method
+    memory: GradientProjectionMemory | None
+    config: dict[str, Any]
+    summary: dict[str, Any] | None
+    statistics: list[Statistics]
+
+
+def load_run(folder: str | Path, model: nn.Module | None = None, method: type[Method] | None = None) -> LoadedRun:
+    """Read a run folder.
+
+    Args:
+        folder: with config.json and a checkpoint.
+        model: of the run's architecture; needed only where its class cannot be imported or does not say in
+            `arguments` what it was made with.
+        method: of the run; needed only where its class cannot be imported.
+    Raises:
+        InputError: a file is missing or damaged, or the model cannot be made.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        description = config["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'config.json'} is not the config.json of a run: {error!r}") from error
+    state = load_checkpoint(folder)
+    if state is None:
+        raise InputError(f"{folder} has no checkpoint that can be read, so its weights are not there")
+    model = make_model(description) if model is None else model
+    method_type = find_method(config) if method is None else method
+    options = with_flags(Options, method_type)
+    names = {field.name for field in dataclasses.fields(options)}
+    made = method_type(model, options(**{k: v for k, v in state["hyperparameters"].items() if k in names}))
+    try:
+        made.load_state_dict(state["method"])
+        made.load_weights(state["model"])
+    except (InputError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the weights in {folder} are not of a {type(model).__name__} like this: {reason}") from error
+    return LoadedRun(model.eval(), made, made.memory, config, read_summary(folder), state["statistics"])
+
+
+def describe(thing: type) -> str:
+    """Where a class is: its module and name."""
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def find(place: str) -> Any:
+    """The class at a place that `describe` named."""
+    module, _, name = place.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def find_method(config: dict[str, Any]) -> type[Method]:
+    """The method that a run's config.json names."""
+    name = config["hyperparameters"]["method"]
+    try:
+        # An older config names no class; its method is one of those that come with the engine.
+        return find(config["method"]) if "method" in config else find("methods.METHODS")[name]
+    except (ImportError, AttributeError, KeyError, ValueError) as error:
+        raise InputError(f"cannot find the class of method {name} ({error!r}); give load_run the class") from error
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """What `make_model` needs to build the model again."""
+    return {
+        "class": describe(type(model)),
+        "arguments": getattr(model, "arguments", None),
+    }
+
+
+def make_model(description: dict[str, Any]) -> nn.Module:
+    """A model from its class and constructor arguments."""
+    try:
+        made = find(description["class"])(**description["arguments"])
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"cannot build the model {description} ({error!r}); give load_run the model") from error
+    if not isinstance(made, nn.Module):
+        raise InputError(f"{description['class']} is not a model")
+    return made

@@ -1,0 +1,119 @@
+"""The summary of a run: what summary.json holds, written and checked here."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from engine import metrics
+from engine.files import write_json, write_text
+
+SUMMARY = "summary.json"
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json, and its accuracy matrix as accuracy.csv."""
+    rows = [",".join("" if value is None else f"{value:.4f}" for value in row) for row in summary["accuracy"]]
+    write_text(folder / "accuracy.csv", "\n".join(rows) + "\n")
+    write_json(folder / SUMMARY, summary)
+
+
+def scores(accuracy: metrics.AccuracyMatrix) -> dict[str, float | None]:
+    """The numbers of a summary that follow from its accuracy matrix."""
+    return {
+        "average_accuracy": metrics.average_accuracy(accuracy),
+        "backward_transfer": metrics.backward_transfer(accuracy),
+        "forgetting": metrics.forgetting(accuracy),
+    }
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of a finished run in a folder; None where there is none or it is damaged."""
+    summary, wrong = load_summary(folder / SUMMARY)
+    return None if wrong or not summary["finished"] else summary | {"folder": str(folder)}
+
+
+def load_summary(file: Path) -> tuple[dict[str, Any], str]:
+    """A summary and what keeps it from being used; that is empty if nothing does.
+
+    Args:
+        file: a summary.json, or a copy of one under another name.
+    """
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        wrong = "not a JSON object" if not isinstance(summary, dict) else fault(summary)
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, " ".join(str(error).split()) or type(error).__name__
+    return (summary, wrong) if wrong else (upgraded(summary), "")
+
+
+# What older versions did not write into summaries: title and place of each method.
+TITLES = {
+    "gpm": "GPM",
+    "naive": "naive",
+    "multitask": "Multitask",
+    "single": "Single",
+    "ewc": "EWC",
+    "a_gem": "A-GEM",
+    "er": "ER-Res",
+    "owm": "OWM",
+    "hat": "HAT",
+    "ogd": "OGD",
+}
+# Hyperparameters whose default older versions took from the script, by method and benchmark (None: any).
+DEFAULTS_SINCE = {
+    ("hat", None): ("lr", 0.05),
+    ("ogd", None): ("lr", 0.001),
+    ("ewc", "cifar100"): ("ewc_lambda", 100.0),
+}
+
+
+def upgraded(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary of an older version as this one would have written it."""
+    if "title" in summary:
+        return summary
+    method = summary["method"]
+    parts = [] if summary["variant"] == "default" else summary["variant"].split(",")
+    for benchmark in (None, summary["benchmark"]):
+        name, default = DEFAULTS_SINCE.get((method, benchmark), (None, None))
+        used = summary.get("hyperparameters", {}).get(name)
+        if used is not None:
+            parts = [part for part in parts if not part.startswith(f"{name}=")]
+            parts += [] if used == default else [f"{name}={used}"]
+    return summary | {
+        "variant": ",".join(parts) or "default",
+        "title": TITLES.get(method, method),
+        "place": list(TITLES).index(method) if method in TITLES else None,
+        "task_identity": method in ("single", "hat"),
+    }
+
+
+def fault(summary: dict[str, Any]) -> str:
+    """What keeps a summary from being used; empty if nothing does."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+    def matrix(value: Any) -> bool:
+        return (
+            isinstance(value, list)
+            and bool(value)
+            and all(isinstance(row, list) and all(x is None or number(x) for x in row) for row in value)
+        )
+
+    data, seconds = summary.get("data"), summary.get("seconds")
+    notes = data.get("notes", []) if isinstance(data, dict) else None
+    checks = {
+        **{key: isinstance(summary.get(key), str) for key in ("benchmark", "method", "variant", "device")},
+        "seed": isinstance(summary.get("seed"), int),
+        "finished": isinstance(summary.get("finished"), bool),
+        "data": isinstance(notes, list) and isinstance(data.get("kind"), str) and all(type(n) is str for n in notes),
+        "average_accuracy": number(summary.get("average_accuracy")),
+        "backward_transfer": summary.get("backward_transfer") is None or number(summary["backward_transfer"]),
+        "accuracy": matrix(summary.get("accuracy")),
+        "seconds": isinstance(seconds, dict) and number(seconds.get("total")),
+    }
+    wrong = [key for key, fine in checks.items() if not fine]
+    return f"{', '.join(wrong)} missing or of a wrong kind" if wrong else ""

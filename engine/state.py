@@ -1,0 +1,101 @@
+"""What a method remembers, as it is saved, put back and counted: tensors and plain values in lists and dicts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def saved(value: Any) -> Any:
+    """A value as tensors, plain values, lists and dicts only; parameters, which training changes in place, as copies.
+
+    Args:
+        value: a tensor, parameter, generator, plain value, an object with `state_dict`, or a list, tuple, named tuple,
+            dataclass or dict of these.
+    """
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(value.detach().clone(), value.requires_grad)
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    value = _as_dict(value)
+    if isinstance(value, Mapping):
+        return {key: saved(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [saved(part) for part in value]
+    return saved(value.state_dict()) if hasattr(value, "state_dict") else value
+
+
+@torch.no_grad()
+def restored(current: Any, value: Any, device: torch.device) -> Any:
+    """A saved value as the attribute that it was saved from: objects, and parameters that optimisers hold, are kept.
+
+    Args:
+        current: what the attribute is now.
+        value: what `saved` gave.
+        device: where tensors go.
+    """
+    if isinstance(current, torch.Generator):
+        current.set_state(value.cpu())
+        return current
+    if hasattr(current, "load_state_dict"):
+        current.load_state_dict(value)
+        return current
+    if dataclasses.is_dataclass(current):
+        before, names = _as_dict(current), {field.name for field in dataclasses.fields(current)}
+        parts = {name: part for name, part in (value or {}).items() if name in names}
+        return type(current)(**{name: restored(before[name], part, device) for name, part in parts.items()})
+    if isinstance(value, nn.Parameter):
+        if isinstance(current, nn.Parameter) and current.shape == value.shape:
+            current.copy_(value)
+            return current
+        return nn.Parameter(value.detach().to(device), value.requires_grad)
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        before = current if isinstance(current, Mapping) else {}
+        return {key: restored(before.get(key), part, device) for key, part in value.items()}
+    if isinstance(value, list):
+        before = current if isinstance(current, (list, tuple)) else []
+        before = [*before, *[None] * len(value)]
+        return [restored(before[i], part, device) for i, part in enumerate(value)]
+    return value
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in a value, in a fixed order; of objects, those of their state."""
+    value = _as_dict(value)
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors(part)
+    elif hasattr(value, "state_dict"):
+        yield from tensors(value.state_dict())
+
+
+def parameters(value: Any) -> list[nn.Parameter]:
+    """The parameters among them: what training may move."""
+    return [tensor for tensor in tensors(value) if isinstance(tensor, nn.Parameter)]
+
+
+def count(value: Any) -> int:
+    """How many numbers the floating-point tensors among them hold."""
+    return sum(tensor.numel() for tensor in tensors(value) if tensor.is_floating_point())
+
+
+def _as_dict(value: Any) -> Any:
+    """A named tuple or a dataclass as a dict; anything else as it is."""
+    if hasattr(value, "_asdict"):
+        return value._asdict()
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value

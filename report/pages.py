@@ -1,0 +1,80 @@
+"""Tables inside Markdown pages: the README's short one, and the page of all results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from engine.files import write_text
+from gradproj.errors import InputError
+from report.published import BENCHMARKS, ORDER
+from report.rows import Row
+from report.runs import Problem
+from report.tables import as_markdown
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+# What the short table leaves to the page of all results.
+LEFT_TO_THE_PAGE = ("hardware", "command", "commit")
+
+
+def short_table(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
+    """One row for each benchmark and method: the published experiment, or what comes closest to it."""
+    best: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        key = row.benchmark, row.method
+        if row.data == "real" and (key not in best or closeness(row) > closeness(best[key])):
+            best[key] = row
+    chosen = sorted(best.values(), key=lambda row: (_place(BENCHMARKS, row.benchmark), _place(ORDER, row.method)))
+    return as_markdown(chosen, problems, without=LEFT_TO_THE_PAGE)
+
+
+def _place(names: Iterable[str], name: str) -> int:
+    return next((i for i, known in enumerate(names) if known == name), 99)
+
+
+def closeness(row: Row) -> tuple:
+    """How near a row is to what a paper did; the larger, the nearer."""
+    variants = row.published.variants if row.published else ("default",)
+    return row.variant in variants, len(row.runs), row.seconds
+
+
+def all_tables(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
+    """A heading and a table for each benchmark, with every row."""
+    parts = []
+    for benchmark, members in groupby(rows, lambda row: row.benchmark):
+        parts.append(f"## {BENCHMARKS.get(benchmark, benchmark)}\n\n{as_markdown(list(members), [])}")
+    if problems:
+        parts.append(as_markdown([], problems))
+    return "\n".join(parts)
+
+
+Table = Callable[[Sequence[Row], Sequence[Problem]], str]
+PAGES: dict[str, Table] = {"readme": short_table, "page": all_tables}
+
+
+def block(text: str) -> str:
+    """A table between its markers."""
+    return f"{BEGIN}\n{text}{END}"
+
+
+def split_page(text: str) -> tuple[str, str, str] | None:
+    """A page before, at and after its block of results; None if it has no such markers."""
+    head, begin, after = text.partition(BEGIN)
+    middle, end, tail = after.partition(END)
+    return (head, begin + middle + end, tail) if begin and end else None
+
+
+def update_page(path: Path, text: str) -> None:
+    """Replace the block of results of a page.
+
+    Raises:
+        InputError: it cannot be read or written, or has no markers.
+    """
+    try:
+        parts = split_page(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if parts is None:
+        raise InputError(f"{path} has no lines {BEGIN} and {END} to put the table between")
+    write_text(path, parts[0] + block(text) + parts[2])

@@ -1,0 +1,97 @@
+"""What all pictures have in common: colours, type sizes, titles, and how they are written.
+
+Every drawing function returns a Matplotlib figure and leaves Matplotlib's global state alone; `save` writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from gradproj.files import write_atomically
+
+
+class Look(NamedTuple):
+    """How a method is drawn, the same in every picture."""
+
+    color: str
+    marker: str
+
+
+# By place (Method.place): the eight colours of Okabe and Ito, which colour-blind readers tell apart, then others.
+LOOKS = (
+    *(Look("#0072B2", "o"), Look("#D55E00", "s"), Look("#000000", "*"), Look("#777777", "P"), Look("#E69F00", "^")),
+    *(Look("#56B4E9", "v"), Look("#009E73", "D"), Look("#CC79A7", "X"), Look("#8C6D1F", "<"), Look("#44337A", ">")),
+    *(Look("#2B7A78", "d"), Look("#A4243B", "h"), Look("#5F8D2E", "p"), Look("#B07AA1", "8"), Look("#1B4965", "H")),
+    *(Look("#C46210", "v"), Look("#6A0DAD", "^"), Look("#3D405B", "s"), Look("#81B29A", "o"), Look("#E07A5F", "D")),
+)
+Looks = Mapping[str, Look]  # by label
+MARKERS = "os^DvPX<>*"
+TITLE, LABEL, TICK = 11, 10.5, 9.5  # font sizes, points
+
+
+def look(place: int | None, index: int) -> Look:
+    """The look of a place; where it is unknown, of an index."""
+    return LOOKS[(index if place is None else place) % len(LOOKS)]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure, whole or not at all, in the format that the file name ends with (png, pdf, svg)."""
+    FigureCanvasAgg(figure)  # no window system, and no global state as with pyplot
+    kind = path.suffix.lstrip(".") or "png"
+    metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None} if kind == "png" else None
+    with rc_context({"pdf.fonttype": 42}):  # letters stay letters: searchable, and accepted by publishers
+        write_atomically(
+            path,
+            lambda file: figure.savefig(
+                file, format=kind, dpi=160, bbox_inches="tight", pad_inches=0.08, metadata=metadata
+            ),
+        )
+
+
+def shades(labels: Sequence[str]) -> dict[str, Any]:
+    """Colours that rise with a row's place: of the values of a hyperparameter, or of layers along a network's depth."""
+    return {label: colormaps["viridis"](0.88 * i / max(1, len(labels) - 1)) for i, label in enumerate(labels)}
+
+
+def number_tasks(axes: Axes, n_tasks: int, which: str, every: int | None = None) -> None:
+    """Ticks at the tasks, which count from 1 in print; every second one where there are many."""
+    every = every or (1 if n_tasks <= 12 else 2)
+    ticks = range(0, n_tasks, every) if every == 1 else range(every - 1, n_tasks, every)
+    (axes.set_xticks if which == "x" else axes.set_yticks)(list(ticks), [t + 1 for t in ticks])
+
+
+def plain(axes: Axes) -> None:
+    """A light grid and no frame."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def label_axes(axes: Axes, x: str, y: str) -> None:
+    """Names of both axes."""
+    axes.set_xlabel(x, fontsize=LABEL)
+    axes.set_ylabel(y, fontsize=LABEL)
+    axes.tick_params(labelsize=TICK)
+
+
+def set_title(figure: Figure, title: str, width: float) -> None:
+    """The title over the whole figure, broken into lines that fit its width in inches."""
+    most = max(20, int(width * 13))  # letters of this size per inch, about
+    lines = []
+    for paragraph in title.split("\n"):
+        line = ""
+        for word in paragraph.replace(",", ", ").replace(",  ", ", ").split(" "):
+            if line and len(line) + 1 + len(word) > most:
+                lines.append(line)
+                line = word
+            else:
+                line = f"{line} {word}".strip()
+        lines.append(line)
+    figure.suptitle("\n".join(lines), fontsize=TITLE)
