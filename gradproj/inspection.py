@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gradproj.memory import GradientProjectionMemory
 
 DECOMPOSED = 1024  # inputs of a layer up to which `inspect` decomposes what it sees
-ROUNDINGS = 8  # a movement of so many roundings is still explained by them
+ROUNDINGS = 16  # a movement of so many roundings is still explained by them
 HELD = 1e-5  # inputs of which no larger share is outside a basis are all inside, as single precision sees it
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradproj.batches import Forward, as_batches, in_eval_mode, masks, runner
 from gradproj.distributed import summed
-from gradproj.errors import DivergenceError, InputError, warn_caller
+from gradproj.errors import DivergenceError, FullLayerWarning, InputError, warn_caller
 from gradproj.files import load_tensors, save_tensors
 from gradproj.inspection import Check, Verification, inspect, table, verification
 from gradproj.layers import Layer, Selection, find_layers, kept_modules
@@ -137,11 +137,11 @@ class GradientProjectionMemory:
                 "track_running_stats=False, or keep these modules in eval mode after the first task"
             )
 
-    def _warn(self, text: str) -> None:
+    def _warn(self, text: str, category: type[UserWarning] = UserWarning) -> None:
         """Warn the caller of the library, once of each thing."""
         if text not in self._said:
             self._said.add(text)
-            warn_caller(text)
+            warn_caller(text, category)
 
     def check(
         self, forward: Forward, batch: Any, threshold: float | Mapping[str, float] = 1.0, mask: Mask | None = None
@@ -327,13 +327,19 @@ class GradientProjectionMemory:
 
         The network as it is now is what `verify` compares with from then on.
         """
-        full = set(self.full_layers)
+        before = set(self.full_layers)
         self.bases = {key: bases[key] for key in self.bases}
         self.n_updates += 1
         self._steps = 0
         self._reference = self._what_could_move()
-        if len(set(self.full_layers) - full) and self.n_updates == 1 and len(self.full_layers) == len(self.bases):
-            self._warn("every layer is full after the first task: nothing can be learned; give a lower threshold")
+        if new := [key or "the model" for key in self.full_layers if key not in before]:
+            whole = len(self.full_layers) == len(self.bases)
+            which = "every layer is" if whole else f"{', '.join(new)} {'are' if len(new) > 1 else 'is'}"
+            self._warn(
+                f"{which} full after task {self.n_updates}: no direction is free, so no later task can train "
+                f"{'anything' if whole else 'them' if len(new) > 1 else 'it'}; a lower threshold leaves more",
+                FullLayerWarning,
+            )
 
     def _what_could_move(self) -> dict[str, Tensor]:
         """A copy, on the CPU, of all trained parameters and all buffers."""
