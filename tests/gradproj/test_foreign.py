@@ -730,7 +730,6 @@ class TestBatches:
         with pytest.raises(InputError, match="^mask must give a tensor"):
             memory.update(model, [OLD], threshold=1.0, mask=lambda _: 3)
 
-    @pytest.mark.filterwarnings("ignore::gradproj.errors.FullLayerWarning")
     def test_random_rows_in_bounded_memory(self):
         model = nn.Sequential(nn.Linear(D, 4))
         memory = GradientProjectionMemory(model)
