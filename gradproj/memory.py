@@ -152,11 +152,16 @@ class GradientProjectionMemory:
         """Extend the bases by what was gathered: the second half of `update`."""
         thresholds = self._thresholds(threshold)
         rule = self.rank_rule if self.n_updates == 0 else "paper"
-        self.bases = {
+        bases = {
             key: extend_basis(self.bases[key], gathered[key], thresholds[layer.name], rule)
             for layer in self.layers.values()
             for key in layer.keys
         }
+        self.replace(bases)
+
+    def replace(self, bases: Mapping[str, Tensor]) -> None:
+        """Remember a task by bases that were made otherwise: (d, k) float64 with orthonormal columns, by key."""
+        self.bases = dict(bases)
         self.n_updates += 1
 
     def _thresholds(self, given: float | Mapping[str, float]) -> dict[str, float]:

@@ -133,10 +133,18 @@ class LayerProjector:
     Args:
         layer: whose parameters.
         groups: one for each of the layer's keys.
+    Raises:
+        InputError: the layer's weight trains and its bias does not, or the other way round.
     """
 
     def __init__(self, layer: Layer, groups: list[Projector]) -> None:
         self.layer, self.groups = layer, groups
+        weight, bias = layer.parameters
+        if bias is not None and bias.requires_grad != weight.requires_grad and not self.is_idle:
+            raise InputError(
+                f"of layer {layer.name} either the weight or the bias is frozen, but their directions are remembered "
+                "together; train or freeze both"
+            )
 
     @property
     def is_idle(self) -> bool:
@@ -157,18 +165,8 @@ class LayerProjector:
 
 
 def layer_projector(layer: Layer, bases: Mapping[str, Tensor]) -> LayerProjector:
-    """Makes a layer's gradients orthogonal to its bases, (d, k) by key.
-
-    Raises:
-        InputError: the layer's weight trains and its bias does not, or the other way round.
-    """
-    weight, bias = layer.parameters
-    project = LayerProjector(
+    """Makes a layer's gradients orthogonal to its bases, (d, k) by key; raises what LayerProjector does."""
+    weight = layer.module.weight
+    return LayerProjector(
         layer, [orthogonal_projector(bases[key].to(weight.device), weight.dtype) for key in layer.keys]
     )
-    if bias is not None and bias.requires_grad != weight.requires_grad and not project.is_idle:
-        raise InputError(
-            f"of layer {layer.name} either the weight or the bias is frozen, but their directions are remembered "
-            "together; train or freeze both"
-        )
-    return project

@@ -36,6 +36,17 @@ class Representation:
         """Whether all columns added so far are."""
         return bool((self.columns if self.gram is None else self.gram).isfinite().all())
 
+    @property
+    def outer(self) -> Tensor:
+        """R Rᵀ (d, d) float64, whichever form is held."""
+        return self.gram if self.columns is None else self.columns.double() @ self.columns.double().T
+
+    def energies(self, directions: Tensor) -> Tensor:
+        """‖mᵀ R‖² (k,) float64, for each column m of `directions` (d, k): the energy of the inputs along it."""
+        if self.columns is None:
+            return (directions * (self.gram @ directions)).sum(0).clamp(min=0)
+        return (directions.T @ self.columns.double()).square().sum(1)
+
     def add(self, columns: Tensor) -> Representation:
         """Append columns (d, m); returns itself."""
         self.n += columns.shape[1]

@@ -2,6 +2,7 @@
 
 from engine.method import Method
 from methods.a_gem import AGEM
+from methods.dual_gpm import DualGPM
 from methods.er import ER
 from methods.ewc import EWC
 from methods.gpm import GPM
@@ -10,8 +11,9 @@ from methods.multitask import Multitask
 from methods.naive import Naive
 from methods.ogd import OGD
 from methods.owm import OWM
+from methods.sgp import SGP
 from methods.single import Single
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (GPM, Naive, Multitask, Single, EWC, AGEM, ER, OWM, OGD, HAT)
+    method.name: method for method in (GPM, Naive, Multitask, Single, EWC, AGEM, ER, OWM, OGD, HAT, DualGPM, SGP)
 }
