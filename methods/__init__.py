@@ -13,7 +13,8 @@ from methods.ogd import OGD
 from methods.owm import OWM
 from methods.sgp import SGP
 from methods.single import Single
+from methods.trgp import TRGP
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (GPM, Naive, Multitask, Single, EWC, AGEM, ER, OWM, OGD, HAT, DualGPM, SGP)
+    method.name: method for method in (GPM, Naive, Multitask, Single, EWC, AGEM, ER, OWM, OGD, HAT, DualGPM, SGP, TRGP)
 }
