@@ -2,6 +2,7 @@
 
 from engine.method import Method
 from methods.a_gem import AGEM
+from methods.dfgp import DFGP
 from methods.dual_gpm import DualGPM
 from methods.er import ER
 from methods.ewc import EWC
@@ -16,5 +17,6 @@ from methods.single import Single
 from methods.trgp import TRGP
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (GPM, Naive, Multitask, Single, EWC, AGEM, ER, OWM, OGD, HAT, DualGPM, SGP, TRGP)
+    method.name: method
+    for method in (GPM, Naive, Multitask, Single, EWC, AGEM, ER, OWM, OGD, HAT, DualGPM, SGP, DFGP, TRGP)
 }
