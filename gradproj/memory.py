@@ -126,9 +126,16 @@ class GradientProjectionMemory:
         self.extend(self.gather(forward, batches, samples), threshold)
 
     def gather(
-        self, forward: Callable[[Any], Any], batches: Iterable[Any], samples: Mapping[str, int] | None = None
+        self,
+        forward: Callable[[Any], Any],
+        batches: Iterable[Any],
+        samples: Mapping[str, int] | None = None,
+        keep_columns: bool = False,
     ) -> dict[str, Representation]:
-        """The inputs of the protected layers by key: the first half of `update`, with its arguments and errors."""
+        """The inputs of the protected layers by key: the first half of `update`, with its arguments and errors.
+
+        With `keep_columns` they are all held as they are, however many.
+        """
         if self.is_protecting:
             raise InputError("update within protect() would protect only once that is entered anew; leave it first")
         for name, count in (samples or {}).items():
@@ -139,7 +146,7 @@ class GradientProjectionMemory:
         training_modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
-            gathered = representations(self.layers, forward, batches, samples)
+            gathered = representations(self.layers, forward, batches, samples, keep_columns)
         finally:
             for module, mode in training_modes.items():
                 module.training = mode

@@ -21,13 +21,17 @@ class Representation:
 
     Either form decides the subspace exactly, and none takes more than d² entries, however many columns are added.
 
+    Args:
+        d: size of a column.
+        keep_columns: hold them all as they are, for what R Rᵀ does not say.
+
     Attributes:
         columns: R, in the dtype it came in, while n < d; then None.
         gram: R Rᵀ from then on; None before.
     """
 
-    def __init__(self, d: int) -> None:
-        self.d, self.n = d, 0
+    def __init__(self, d: int, keep_columns: bool = False) -> None:
+        self.d, self.n, self.keep_columns = d, 0, keep_columns
         self.columns: Tensor | None = None
         self.gram: Tensor | None = None
 
@@ -50,7 +54,7 @@ class Representation:
     def add(self, columns: Tensor) -> Representation:
         """Append columns (d, m); returns itself."""
         self.n += columns.shape[1]
-        if self.gram is None and self.n < self.d:
+        if self.keep_columns or (self.gram is None and self.n < self.d):
             # A copy also of the first ones: they may be a view of an activation that the model changes in place.
             self.columns = columns.clone() if self.columns is None else torch.cat([self.columns, columns], dim=1)
             return self
@@ -68,6 +72,7 @@ def representations(
     forward: Callable[[Any], Any],
     batches: Iterable[Any],
     samples: Mapping[str, int] | None = None,
+    keep_columns: bool = False,
 ) -> dict[str, Representation]:
     """Run batches through a model and gather the inputs of its layers.
 
@@ -76,13 +81,14 @@ def representations(
         forward: called once with each batch.
         batches: what `forward` takes.
         samples: by layer name, how many samples of each batch become columns, the first ones; all where unnamed.
+        keep_columns: as for Representation.
     Returns:
         one Representation for each key of each layer.
     Raises:
         InputError: a layer did not run.
     """
     samples = samples or {}
-    gathered = {key: Representation(layer.input_size) for layer in layers.values() for key in layer.keys}
+    gathered = {key: Representation(layer.input_size, keep_columns) for layer in layers.values() for key in layer.keys}
 
     def listen(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:

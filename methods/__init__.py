@@ -2,6 +2,7 @@
 
 from engine.method import Method
 from methods.a_gem import AGEM
+from methods.code_cl import CODECL
 from methods.dfgp import DFGP
 from methods.dual_gpm import DualGPM
 from methods.er import ER
@@ -18,5 +19,5 @@ from methods.trgp import TRGP
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (GPM, Naive, Multitask, Single, EWC, AGEM, ER, OWM, OGD, HAT, DualGPM, SGP, DFGP, TRGP)
+    for method in (GPM, Naive, Multitask, Single, EWC, AGEM, ER, OWM, OGD, HAT, DualGPM, SGP, DFGP, TRGP, CODECL)
 }

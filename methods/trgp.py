@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from engine import state
 from engine.options import Options, flag
 from engine.task import Task
-from methods.gpm import GPM, Forward
+from methods.gpm import Forward
 from methods.parts.regions import layer_gradients, strongest_directions
-from methods.parts.side_paths import SidePath, side_paths
+from methods.parts.side_paths import SidePath, SidePathGPM
 
 MOST_REGIONS = 2  # of a layer and task
 
 
-class TRGP(GPM):
+class TRGP(SidePathGPM):
     """GPM that lets a new task use, in a way of its own, what old tasks near to it have learned.
 
     - Before task t, each layer's gradient G on a few images tells which old tasks j are near: the two largest
@@ -44,7 +42,6 @@ class TRGP(GPM):
         "five_datasets": {"region_images": 500},
         "miniimagenet": {"region_images": 500, "threshold": (0.985,)},
     }
-    plain_step, graph_step, task_identity, one_network = False, True, True, False
     state = ("memory", "regions", "shifts")
 
     def __init__(self, model: nn.Module, options: Options) -> None:
@@ -74,25 +71,12 @@ class TRGP(GPM):
         near = [j for j in held if held[j] > self.options.region_threshold * gradient.norm().item()]
         return sorted(near, key=held.get, reverse=True)[:MOST_REGIONS]
 
-    def parameters(self, t: int) -> list[nn.Parameter]:
-        return [*super().parameters(t), *state.parameters(self.shifts[t])]
-
     def side_paths(self, t: int) -> dict[str, list[SidePath]]:
         """What the weights of task t are beside W, by key."""
         return {
             key: [SidePath(self.span(key, j), shift) for j, shift in shifts.items()]
             for key, shifts in self.shifts[t].items()
         }
-
-    @contextmanager
-    def learning(self, t: int, task: Task) -> Iterator[None]:
-        with super().learning(t, task), self.testing(t):
-            yield
-
-    @contextmanager
-    def testing(self, t: int) -> Iterator[None]:
-        with side_paths(self.memory.layers, self.side_paths(t)):
-            yield
 
     def remember(self, t: int, forward: Forward, images: Iterable[Tensor], samples: dict[str, int]) -> None:
         gathered, epsilon = self.memory.gather(forward, images, samples), self.epsilon(t)

@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine import state
+from engine.task import Task
 from gradproj.layers import Layer
 from gradproj.layers.linear import LinearLayer
+from methods.gpm import GPM
 
 
 class SidePath(NamedTuple):
@@ -76,3 +79,31 @@ def add_side_paths(
         for part, paths in zip(parts, groups, strict=True)
     ]
     return output + layer.apply(inputs, *layer.from_rows(torch.cat(changes)))
+
+
+class SidePathGPM(GPM):
+    """GPM whose tasks compute with side paths of their own, learned beside the weights and kept.
+
+    Attributes:
+        shifts: by task, the Q - I of its side paths, in dicts.
+    """
+
+    plain_step, graph_step, task_identity, one_network = False, True, True, False
+    shifts: list[dict[str, Any]]
+
+    def side_paths(self, t: int) -> dict[str, list[SidePath]]:
+        """Those of task t, by key."""
+        raise NotImplementedError
+
+    def parameters(self, t: int) -> list[nn.Parameter]:
+        return [*super().parameters(t), *state.parameters(self.shifts[t])]
+
+    @contextmanager
+    def learning(self, t: int, task: Task) -> Iterator[None]:
+        with super().learning(t, task), self.testing(t):
+            yield
+
+    @contextmanager
+    def testing(self, t: int) -> Iterator[None]:
+        with side_paths(self.memory.layers, self.side_paths(t)):
+            yield
