@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from engine.options import Options, flag
 from engine.task import Task
 from methods.gpm import Forward
-from methods.parts.regions import layer_gradients, strongest_directions
+from methods.parts.regions import layer_gradients, strongest_directions, weight_rows
 from methods.parts.side_paths import SidePath, SidePathGPM
 
 MOST_REGIONS = 2  # of a layer and task
@@ -21,7 +22,7 @@ class TRGP(SidePathGPM):
     - Before task t, each layer's gradient G on a few images tells which old tasks j are near: the two largest
       ‖G B_j‖ > ε₁ ‖G‖, where B_j spans what task j uses of the layer's inputs. They are its trust regions.
     - The layer then computes with W̃ = W + Σ_j W B_j (Q_j - I) B_jᵀ. W learns as in GPM, and Q_j from I by plain SGD; it
-      is kept, and task t is tested with it. W B_j stays what it was, since W learns outside all B_j.
+      is kept, and task t is tested with it. W B_j stays what it was, since W learns outside all B_j: a thin side path.
     - After the task, B_t is the fewest of the columns of M and the left singular vectors of (I - M Mᵀ) R, the strongest
       first, that hold ε of ‖R‖²; the latter join M. R are the inputs in the network of the W̃.
 
@@ -42,12 +43,13 @@ class TRGP(SidePathGPM):
         "five_datasets": {"region_images": 500},
         "miniimagenet": {"region_images": 500, "threshold": (0.985,)},
     }
-    state = ("memory", "regions", "shifts")
+    state = ("memory", "regions", "shifts", "products")
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
         self.regions: list[dict[str, Tensor]] = []  # by task and key, the columns of M that are B
         self.shifts: list[dict[str, dict[int, nn.Parameter]]] = []  # by task, key and region j, Q_j - I
+        self.products: dict[str, dict[int, Tensor]] = {}  # while a task is learned, by key and j, W B_j
 
     def span(self, key: str, j: int) -> Tensor:
         """B_j (d, k_j) of a layer, in its weights' dtype."""
@@ -58,12 +60,16 @@ class TRGP(SidePathGPM):
         if t:
             self.choose(t, layer_gradients(self, t, task.train, self.options.region_images))
 
+    @torch.no_grad()
     def choose(self, t: int, gradients: dict[str, Tensor]) -> None:
         """Choose the task's trust regions by the gradients G (o, d) of its loss, by key."""
+        near = {key: self.nearest(t, key, G) for key, G in gradients.items()}
         self.shifts[t] = {
-            key: {j: nn.Parameter(G.new_zeros(2 * [len(self.regions[j][key])])) for j in self.nearest(t, key, G)}
-            for key, G in gradients.items()
+            key: {j: nn.Parameter(gradients[key].new_zeros(2 * [len(self.regions[j][key])])) for j in js}
+            for key, js in near.items()
         }
+        weights = weight_rows(self.memory.layers)
+        self.products = {key: {j: weights[key] @ self.span(key, j) for j in js} for key, js in near.items()}
 
     def nearest(self, t: int, key: str, gradient: Tensor) -> list[int]:
         """The tasks before t whose regions hold most of a gradient (o, d), if that is much."""
@@ -71,12 +77,16 @@ class TRGP(SidePathGPM):
         near = [j for j in held if held[j] > self.options.region_threshold * gradient.norm().item()]
         return sorted(near, key=held.get, reverse=True)[:MOST_REGIONS]
 
+    @torch.no_grad()
     def side_paths(self, t: int) -> dict[str, list[SidePath]]:
         """What the weights of task t are beside W, by key."""
-        return {
-            key: [SidePath(self.span(key, j), shift) for j, shift in shifts.items()]
-            for key, shifts in self.shifts[t].items()
-        }
+        weights, paths = weight_rows(self.memory.layers), {}
+        for key, shifts in self.shifts[t].items():
+            known, paths[key] = self.products.get(key, {}), []
+            for j, shift in shifts.items():
+                B = self.span(key, j)
+                paths[key].append(SidePath(B, shift, product=known[j] if j in known else weights[key] @ B))
+        return paths
 
     def remember(self, t: int, forward: Forward, images: Iterable[Tensor], samples: dict[str, int]) -> None:
         gathered, epsilon = self.memory.gather(forward, images, samples), self.epsilon(t)
@@ -87,4 +97,4 @@ class TRGP(SidePathGPM):
                 found = strongest_directions(self.memory.bases[key], gathered[key], epsilon[layer.name], rule)
                 bases[key], region[key] = found
         self.memory.replace(bases)
-        self.regions = [*self.regions[:t], region]
+        self.regions, self.products = [*self.regions[:t], region], {}

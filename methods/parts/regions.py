@@ -1,6 +1,8 @@
-"""What the choice of trust regions needs: a new task's gradients, and the directions that a learned one uses."""
+"""What the choice of trust regions needs: a layer's weights and gradients, and the directions that a task uses."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch import Tensor
 from engine.method import Method
 from engine.seeds import generator
 from engine.task import Split
+from gradproj.layers import Layer
 from gradproj.representation import Representation
 from gradproj.subspace import RankRule, count_directions, extend_basis
 
@@ -19,12 +22,26 @@ def layer_gradients(method: Method, t: int, train: Split, n: int) -> dict[str, T
     method.model.eval()
     method.model.zero_grad()
     method.loss(train.images[chosen], train.labels[chosen], t).backward()
+    found = gradient_rows(method.memory.layers)
+    method.model.zero_grad()
+    return found
+
+
+def gradient_rows(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """The gradients that some layers' parameters hold, as rows ∂L/∂[W, b] (o, d), by key; zero where they hold none."""
     gradients: dict[str, Tensor] = {}
-    for layer in method.memory.layers.values():
+    for layer in layers.values():
         parts = [p if p is None else torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters]
         gradients |= zip(layer.keys, layer.rows(*parts).chunk(layer.groups), strict=True)
-    method.model.zero_grad()
     return gradients
+
+
+def weight_rows(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """The weights of some layers as rows [W, b] (o, d), by key."""
+    weights: dict[str, Tensor] = {}
+    for layer in layers.values():
+        weights |= zip(layer.keys, layer.rows(*layer.parameters).chunk(layer.groups), strict=True)
+    return weights
 
 
 def strongest_directions(

@@ -20,26 +20,38 @@ from methods.gpm import GPM
 class SidePath(NamedTuple):
     """One term W B (Q - I) Bᵀ of a layer's weights [W, b] (o, d).
 
-    W B is made anew at each step, so it follows W. What W's gradient gets through it is projected as the rest of that
-    gradient is, at the price of a thin product: where that goes through P, so does Bᵀ.
-
     Attributes:
         basis: B (d, k), orthonormal columns, in the weights' dtype.
         shift: Q - I (k, k).
-        open: P B (d, k); None where nothing gets through, P B = 0.
+        product: W B (o, k) where W's learning leaves it as it is; else None, and it is made anew at each step.
+        open: P B (d, k), where W's gradient has its part through this path projected by P, at the price of a thin
+            product; None where it has all of it.
     """
 
     basis: Tensor
     shift: Tensor
+    product: Tensor | None = None
     open: Tensor | None = None
 
-    def change(self, rows: Tensor, *columns: Tensor) -> Tensor:
-        """W B (Q - I) Bᵀ (o, d), or its product with columns (d, n), in the cheapest order."""
-        right = [self.shift, self.basis.T, *columns]
+    def weights(self, rows: Tensor) -> Tensor:
+        """W B (Q - I) Bᵀ (o, d), from the rows W (o, d)."""
+        product = self.times_basis(rows) if self.product is None else self.product
+        return product @ self.shift @ self.basis.T
+
+    def times_basis(self, rows: Tensor) -> Tensor:
+        """W B (o, k), whose gradient reaches W as `open` says."""
         if self.open is None:
-            return torch.linalg.multi_dot([rows.detach(), self.basis, *right])
-        closed = torch.linalg.multi_dot([rows.detach(), self.basis - self.open, *right])
-        return closed + torch.linalg.multi_dot([rows, self.open, *right])
+            return rows @ self.basis
+        return rows.detach() @ (self.basis - self.open) + rows @ self.open
+
+    def outputs(self, inputs: Tensor, rows: Tensor) -> Tensor:
+        """What the path adds to a layer's outputs (n, o) on few inputs (n, d): thin products only."""
+        inside = inputs @ self.basis @ self.shift.T  # (n, k)
+        if self.product is not None:
+            return inside @ self.product.T
+        if self.open is None:
+            return (inside @ self.basis.T) @ rows.T
+        return (inside @ (self.basis - self.open).T) @ rows.detach().T + (inside @ self.open.T) @ rows.T
 
 
 @contextmanager
@@ -71,11 +83,11 @@ def add_side_paths(
     inputs = args[0] if args else kwargs["input"]
     parts = layer.rows(*layer.parameters).chunk(layer.groups)  # [W, b] of each group
     if isinstance(layer, LinearLayer):  # few columns: products of a few columns are cheaper than new weights
-        columns = layer.columns(inputs)[0].to(parts[0].dtype)  # (d, n)
-        change = sum(path.change(parts[0], columns) for path in groups[0])  # (o, n)
-        return output + change.T.reshape(output.shape).to(output.dtype)
+        columns = layer.columns(inputs)[0].T.to(parts[0].dtype)  # (n, d)
+        change = sum(path.outputs(columns, parts[0]) for path in groups[0])  # (n, o)
+        return output + change.view_as(output).to(output.dtype)
     changes = [
-        sum((path.change(part) for path in paths), torch.zeros_like(part))
+        sum((path.weights(part) for path in paths), torch.zeros_like(part))
         for part, paths in zip(parts, groups, strict=True)
     ]
     return output + layer.apply(inputs, *layer.from_rows(torch.cat(changes)))

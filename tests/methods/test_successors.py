@@ -261,27 +261,28 @@ def test_side_paths_are_dense_weights_whose_gradients_are_projected(module, shap
     d, k = layer.input_size, 2
     P = torch.eye(d).double() - 0.3 / d  # any symmetric matrix
     leaves = [part.detach().requires_grad_() for part in layer.rows(*layer.parameters).chunk(layer.groups)]
-    paths, shifts, dense = {}, [], []
+    paths, shifts, dense, free = {}, [], [], []
     for key, W in zip(layer.keys, leaves, strict=True):
-        B, C = (torch.linalg.qr(torch.randn(d, k).double()).Q for _ in range(2))
-        D, E = (nn.Parameter(torch.randn(k, k).double()) for _ in range(2))
-        paths[key] = [SidePath(B, D), SidePath(C, E, P @ C)]
-        dense.append(W.detach() + W.detach() @ B @ D @ B.T + W @ C @ E @ C.T)  # the first path is closed to W
-        shifts += [D, E]
+        B, C, F = (torch.linalg.qr(torch.randn(d, k).double()).Q for _ in range(3))
+        D, E, H = (nn.Parameter(torch.randn(k, k).double()) for _ in range(3))
+        paths[key] = [SidePath(B, D, W.detach() @ B), SidePath(C, E, open=P @ C), SidePath(F, H)]
+        V = W.detach().requires_grad_()  # what the third path leaves as it is
+        dense.append(W.detach() + W.detach() @ B @ D @ B.T + W @ C @ E @ C.T + V @ F @ H @ F.T)
+        shifts += [D, E, H]
+        free.append(V)
     x = torch.randn(shape).double().requires_grad_()
     expected = layer.apply(x, *layer.from_rows(torch.cat(dense)))
     loss = lambda output: (output * torch.linspace(-1, 1, output.numel()).view_as(output).double()).sum()  # noqa: E731
-    wanted = torch.autograd.grad(loss(expected), [x, *shifts, *leaves])
+    wanted = torch.autograd.grad(loss(expected), [x, *shifts, *leaves, *free])
     plain = torch.autograd.grad(loss(module(x)), parameters)  # what W itself gets, beside what comes through the paths
     with side_paths({"": layer}, paths):
         output = module(input=x) if by_keyword else module(x)
     found = torch.autograd.grad(loss(output), [x, *shifts, *parameters])
     assert_close(output, expected)
-    assert_close(found[: -len(parameters)], wanted[: -len(leaves)])
+    assert_close(found[: -len(parameters)], wanted[: 1 + len(shifts)])
     through = [a - b for a, b in zip(found[-len(parameters) :], plain, strict=True)]
-    assert_close(
-        layer.rows(*through, *[None] * (module.bias is None)), torch.cat([G @ P for G in wanted[-len(leaves) :]])
-    )
+    gradients = zip(wanted[-2 * len(leaves) : -len(leaves)], wanted[-len(leaves) :], strict=True)
+    assert_close(layer.rows(*through, *[None] * (module.bias is None)), torch.cat([G @ P + H for G, H in gradients]))
     assert_close(module(x), layer.apply(x, *layer.parameters))
 
 
