@@ -2,11 +2,14 @@
 
 from engine.method import Method
 from methods.a_gem import AGEM
+from methods.adam_nscl import AdamNSCL
 from methods.code_cl import CODECL
+from methods.cuber import CUBER
 from methods.dfgp import DFGP
 from methods.dual_gpm import DualGPM
 from methods.er import ER
 from methods.ewc import EWC
+from methods.fs_dgpm import FSDGPM
 from methods.gpm import GPM
 from methods.hat import HAT
 from methods.multitask import Multitask
@@ -19,5 +22,8 @@ from methods.trgp import TRGP
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (GPM, Naive, Multitask, Single, EWC, AGEM, ER, OWM, OGD, HAT, DualGPM, SGP, DFGP, TRGP, CODECL)
+    for method in (
+        *(GPM, Naive, Multitask, Single, EWC, AGEM, ER, OWM, OGD, HAT),
+        *(DualGPM, SGP, DFGP, TRGP, CODECL, CUBER, FSDGPM, AdamNSCL),
+    )
 }

@@ -5,18 +5,22 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from engine.seeds import generator
 from gradproj.errors import InputError
 from gradproj.layers import find_layers
 from gradproj.representation import Representation
+from methods.adam_nscl import used_directions
 from methods.dual_gpm import Half
 from methods.parts.conceptors import Conceptor, both, conceptor, either
 from methods.parts.perturbation import computing_with, of_length
 from methods.parts.regions import strongest_directions
+from methods.parts.replay import Reservoir
 from methods.parts.side_paths import SidePath, side_paths
-from tests.methods.cases import KINDS, LR, MethodCase, Slow, SlowGPM, rows, train
+from tests import reference
+from tests.methods.cases import KINDS, LR, MethodCase, Slow, SlowGPM, put, rows, train
 from tests.tiny_nets import SingleHead, method
 
 
@@ -478,3 +482,298 @@ def test_conceptors_of_inputs():
     assert conceptor(X, 1e9, 0.5).values.max() < 1
     assert conceptor(0 * X, 1.0, 0.9).values.tolist() == [0.0] * 6
     assert conceptor(X, 1.0, 0.0).above(0.2).values.min() >= 0.2
+
+
+# CUBER
+
+
+class SlowCUBER(SlowTRGP):
+    """Three regimes, with dense weights and the orthonormalised sum of what may not be moved in."""
+
+    def __init__(self, model, options):
+        super().__init__(model, options)
+        self.learned, self.helping, self.start = [], {}, {}
+
+    def before(self, t, task):
+        self.helping = {}
+        super().before(t, task)
+        self.start = {name: rows(layer).clone() for name, layer in self.layers.items()}
+        if t:
+            for name, G in self.gradient_before(t, task).items():
+                self.helping[name] = [j for j in self.Q[t][name] if self.agrees(name, j, G)]
+
+    def agrees(self, name, j, G):
+        a, b = self.learned[j][name].flatten(), G.flatten()
+        return a.norm() > 0 and b.norm() > 0 and a @ b >= self.options.cuber_agreement * a.norm() * b.norm()
+
+    def removed(self, name):
+        spans = [B[name] for j, B in enumerate(self.regions) if j not in self.helping.get(name, [])]
+        if not spans:
+            return torch.zeros(2 * [self.bases[name].shape[0]]).double()
+        U, S, _ = torch.linalg.svd(torch.cat(spans, dim=1), full_matrices=False)
+        return U[:, S > 1e-6] @ U[:, S > 1e-6].T
+
+    def gradients(self, t, images, labels):
+        super().gradients(t, images, labels)
+        for name, layer in self.layers.items():
+            G = rows(layer, "grad")
+            tasks = [j for j in self.helping.get(name, []) if self.agrees(name, j, G)]
+            self.helping[name] = tasks
+            for j in tasks:
+                moved = (rows(layer) - self.start[name]) @ self.regions[j][name] @ self.regions[j][name].T
+                if moved.norm() > 1e-12:
+                    G = G + self.options.cuber_lambda * moved / moved.norm()
+            with torch.no_grad():
+                put(layer, G, "grad")
+
+    def after(self, t, task):
+        super().after(t, task)
+        self.helping = {}
+        order = torch.randperm(len(task.train.labels), generator=generator(self.options.seed, "regions", t))
+        self.model.zero_grad()
+        self.gradients(t, *(part[order[: self.options.n_samples]] for part in task.train))
+        self.learned.append({name: rows(layer, "grad").clone() for name, layer in self.layers.items()})
+
+    def floats(self):
+        return super().floats() + sum(G.numel() for task in self.learned for G in task.values())
+
+
+class TestCUBER(MethodCase):
+    name, slow = "cuber", SlowCUBER
+    changes = {"region_threshold": 0.2, "region_images": 20, "threshold": (0.8,), "cuber_lambda": 0.3}
+
+    def test_old_tasks_are_helped_until_gradients_disagree(self, kind):
+        cuber = self.make(kind, cuber_agreement=0.25 if kind is KINDS["one"] else 0.0)
+        train(cuber, 0, kind.task(0))
+        chosen, dropped = [], []
+        for t in (1, 2):
+            cuber.before_task(t, kind.task(t))
+            before = {key: list(tasks) for key, tasks in cuber.helping.items()}
+            with cuber.learning(t, kind.task(t)):
+                optimizer = cuber.optimizer(t, LR)
+                for _ in range(20):
+                    optimizer.zero_grad()
+                    cuber.backward(*kind.task(t).train, t)
+                    optimizer.step()
+            chosen += [j for key in before for j in before[key]]
+            dropped += [j for key in before for j in before[key] if j not in cuber.helping[key]]
+            cuber.after_task(t, kind.task(t))
+        assert len(chosen) > len(dropped) > 0
+
+    def test_that_helps_nobody_is_trgp(self, kind):
+        changes = {name: value for name, value in self.changes.items() if name != "cuber_lambda"}
+        cuber, trgp = self.make(kind, cuber_agreement=1.1), method(kind.model(), "trgp", **changes)
+        for t in range(3):
+            for learner in (cuber, trgp):
+                train(learner, t, kind.task(t))
+        assert_close(cuber.weights(), trgp.weights())
+
+
+def test_cuber_moves_in_what_helps_and_nobody_else_uses():
+    cuber = method(SingleHead(), "cuber")
+    cuber.memory.bases["fc1"] = torch.linalg.qr(torch.randn(12, 5).double()).Q
+    cuber.regions = [{"fc1": torch.tensor([0, 1, 2])}, {"fc1": torch.tensor([2, 3, 4])}]
+    assert cuber.closed("fc1") == [0, 1, 2, 3, 4]
+    cuber.helping = {"fc1": [0]}
+    assert cuber.closed("fc1") == [2, 3, 4]
+    M = cuber.memory.bases["fc1"]
+    (project,) = cuber.projector(cuber.memory.layers["fc1"]).groups
+    assert_close(project(M.T), M.T * torch.tensor([1.0, 1, 0, 0, 0]).double()[:, None])
+
+
+def test_gradients_that_agree():
+    cuber = method(SingleHead(), "cuber", cuber_agreement=0.5)
+    G = torch.eye(2).double()
+    cuber.gradients = [{"fc1": part} for part in (2 * G, -G, 0 * G, G + torch.tensor([[0.0, 3.0], [0, 0]]), G.flip(0))]
+    assert cuber.agreeing("fc1", G, [0, 1, 2, 3, 4]) == [0]  # 3 has a cosine of 2 / √22 = 0.43, 4 of 0
+    assert cuber.agreeing("fc1", 0 * G, [0]) == []
+    cuber.options.cuber_agreement = 0.0
+    assert cuber.agreeing("fc1", G, [0, 1, 2, 3, 4]) == [0, 3, 4]
+    assert cuber.agreeing("fc1", G, [3]) == [3]
+
+
+# FS-DGPM
+
+
+class SlowFSDGPM(SlowGPM):
+    """The look-ahead written out, gradients by autograd of the whole step."""
+
+    def __init__(self, model, options):
+        super().__init__(model, options)
+        self.reservoir, self.random = Reservoir(), generator(options.seed, "replay")
+
+    def before(self, t, task):
+        self.s = {
+            name: torch.ones(M.shape[1], dtype=torch.float64, requires_grad=True) for name, M in self.bases.items()
+        }
+        self.velocity = {}
+
+    def trained(self, t):
+        heads = [p for head in list(getattr(self.model, "heads", []))[:t] for p in head.parameters()]
+        return [*super().trained(t), *heads]
+
+    def step(self, t, images, labels):
+        trained = {id(p) for p in self.trained(t)}
+        names = {name: p for name, p in self.model.named_parameters() if id(p) in trained}
+        everything = [(x, y, t) for x, y in zip(images, labels, strict=True)]
+        if t:
+            everything += zip(*self.reservoir.draw(len(labels), hasattr(self.model, "heads"), self.random), strict=True)
+        w, losses = dict(names), []
+        for half in (slice(0, len(labels) // 2), slice(len(labels) // 2, None)):
+            loss = F.cross_entropy(torch.func.functional_call(self.model, w, (images[half], t)), labels[half])
+            found = torch.autograd.grad(
+                loss, list(w.values()), create_graph=self.options.fs_order == 2, allow_unused=True
+            )
+            g = self.soft(t, dict(zip(w, found, strict=True)))
+            w = {n: p if g[n] is None else p + self.options.fs_eta1 * g[n].clip(-2, 2) for n, p in w.items()}
+            losses.append(self.union_loss(w, everything))
+        s = [] if t == 0 else list(self.s.values())
+        found = torch.autograd.grad(sum(losses) / 2, [*names.values(), *s], allow_unused=True)
+        G = {n: g for n, g in zip(names, found, strict=False) if g is not None}
+        G = self.clipped(G)
+        held = self.soft(t, G) if t else {}
+        layers = {f"{name}.{part}" for name in self.layers for part in ("weight", "bias")}
+        S = self.clipped(dict(zip(self.s, found[len(names) :], strict=True))) if t else {}
+        with torch.no_grad():
+            for n, g in G.items():
+                self.move(n, names[n], g - held[n] if t and n in layers else g, LR)
+            for n, g in S.items():
+                self.move(f"s {n}", self.s[n], g, self.options.fs_eta2)
+
+    def move(self, name, p, g, rate):
+        self.velocity[name] = 0.9 * self.velocity.get(name, 0) + g
+        p -= rate * self.velocity[name]
+
+    def clipped(self, G):
+        norm = sum(g.square().sum() for g in G.values()).sqrt()
+        return {n: g * min(1.0, 2 / (norm + 1e-6)) for n, g in G.items()}
+
+    def soft(self, t, g):
+        """g V diag(λ) Vᵀ in layers with a basis."""
+        result = dict(g)
+        for name, layer in self.layers.items() if t else ():
+            if g.get(f"{name}.weight") is None:
+                continue
+            parts = [g[f"{name}.weight"].flatten(1)] + ([] if layer.bias is None else [g[f"{name}.bias"][:, None]])
+            V = self.bases[name]
+            part = torch.cat(parts, dim=1) @ V @ torch.diag(torch.sigmoid(10 * self.s[name])) @ V.T
+            result[f"{name}.weight"] = part[:, : layer.weight[0].numel()].view_as(layer.weight)
+            if layer.bias is not None:
+                result[f"{name}.bias"] = part[:, -1]
+        return result
+
+    def union_loss(self, w, everything):
+        many, total, n = hasattr(self.model, "heads"), 0.0, 0
+        for j in {int(j) for _, _, j in everything}:
+            mine = [(x, y) for x, y, i in everything if int(i) == j]
+            if many and len(mine) == 1:  # BatchNorm
+                continue
+            logits = torch.func.functional_call(self.model, w, (torch.stack([x for x, _ in mine]), j))
+            total = total + F.cross_entropy(logits, torch.stack([y for _, y in mine]), reduction="sum")
+            n += len(mine)
+        return total / n
+
+    def after(self, t, task):
+        random = generator(self.options.seed, "reservoir", t)
+        self.reservoir = self.reservoir.offer(self.options.memory_images, task.train, t, random)
+        random = generator(self.options.seed, "samples", t)
+        images = self.reservoir.draw(self.options.n_samples, False, random)[0]
+        for name, R in self.inputs(images, t).items():
+            self.bases[name] = torch.from_numpy(reference.extend_basis(R[:, :0], R, self.epsilon(t)))
+
+    def floats(self):
+        return super().floats() + self.reservoir.images.numel()
+
+
+class TestFSDGPM(MethodCase):
+    name, slow = "fs_dgpm", SlowFSDGPM
+    changes = {"momentum": 0.9, "memory_images": 30, "fs_eta1": 0.1, "fs_eta2": 5.0, "threshold": (0.8,)}
+
+
+class TestFSDGPMFirstOrder(TestFSDGPM):
+    changes = TestFSDGPM.changes | {"fs_order": 1}
+
+
+def test_fs_dgpm_learns_how_firmly_to_hold():
+    learner = method(SingleHead(), "fs_dgpm", memory_images=30, fs_eta1=0.5, fs_eta2=5.0)
+    train(learner, 0, KINDS["one"].task(0))
+    task = KINDS["one"].task(1)
+    learner.before_task(1, task)
+    with learner.learning(1, task):
+        optimizer = learner.optimizer(1, LR)
+        for _ in range(20):
+            optimizer.zero_grad()
+            learner.backward(*task.train, 1)
+            optimizer.step()
+    firmness = [torch.sigmoid(10 * s) for s in learner.softness.values()]
+    start = torch.sigmoid(torch.tensor(10.0)).double()
+    assert all((value - start).abs().max() > 1e-6 for value in firmness)
+    assert learner.lr == learner.options.lr
+
+
+def test_fs_dgpm_looks_less_far_as_the_rate_falls():
+    learner = method(SingleHead(), "fs_dgpm", fs_eta1=0.5)
+    weights = {p: p for p in learner.model.parameters()}
+    task = KINDS["one"].task(0)
+    far = learner.uphill(weights, *task.train, 0)
+    learner.lr = learner.options.lr / 4
+    near = learner.uphill(weights, *task.train, 0)
+    for p in weights:
+        assert_close(far[p] - p, 4 * (near[p] - p))
+
+
+# Adam-NSCL
+
+
+class SlowAdamNSCL(SlowGPM):
+    """Adam by hand, its update projected onto eigenvectors of small eigenvalue."""
+
+    def __init__(self, model, options):
+        super().__init__(model, options)
+        self.outer = {name: torch.zeros(2 * [M.shape[0]]).double() for name, M in self.bases.items()}
+        self.null = {name: torch.eye(M.shape[0]).double() for name, M in self.bases.items()}
+
+    def before(self, t, task):
+        self.moments, self.steps = {}, 0
+
+    def step(self, t, images, labels):
+        self.model.zero_grad()
+        self.gradients(t, images, labels)
+        self.steps += 1
+        before = {name: rows(layer).clone() for name, layer in self.layers.items()}
+        with torch.no_grad():
+            for p in self.trained(t):
+                m, v = self.moments.get(p, (0.0, 0.0))
+                m, v = 0.9 * m + 0.1 * p.grad, 0.999 * v + 0.001 * p.grad**2
+                self.moments[p] = m, v
+                p -= LR * (m / (1 - 0.9**self.steps)) / ((v / (1 - 0.999**self.steps)).sqrt() + 1e-8)
+            for name, layer in self.layers.items():
+                put(layer, before[name] + (rows(layer) - before[name]) @ self.null[name])
+
+    def samples(self, t, task):
+        return task.train.images
+
+    def remember(self, t, inputs):
+        for name, R in inputs.items():
+            self.outer[name] = self.outer[name] + R @ R.T
+            values, vectors = torch.linalg.eigh(self.outer[name])
+            floor = len(values) * 2.0**-52 * values.sum()
+            U = vectors[:, [i for i, v in enumerate(values) if v <= self.options.nscl_ratio * max(values[0], floor)]]
+            self.null[name] = U @ U.T
+
+    def floats(self):
+        return sum(outer.numel() for outer in self.outer.values())
+
+
+class TestAdamNSCL(MethodCase):
+    name, slow, changes = "adam_nscl", SlowAdamNSCL, {"nscl_ratio": 20.0, "batch_size_test": 50}
+
+
+def test_the_null_space_of_a_singular_covariance_is_what_no_input_uses():
+    V = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+    outer = V @ torch.diag(torch.tensor([4.0, 2.0, 1.0, 1e-3, 0.0, 0.0]).double()) @ V.T
+    used = used_directions(outer, 10.0)
+    assert used.shape == (6, 4)
+    assert_close(used @ used.T, V[:, :4] @ V[:, :4].T)
+    assert used_directions(outer + torch.eye(6), 2.5).shape == (6, 2)
+    assert used_directions(0 * outer, 10.0).shape == (6, 0)
