@@ -40,7 +40,9 @@ class GPM(Method):
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
-        self.memory = GradientProjectionMemory(model, exclude=self.task_module_names, rank_rule=options.protocol)
+        self.memory = GradientProjectionMemory(
+            model, exclude=self.task_module_names, rank_rule=options.protocol, exact=True
+        )
         names = list(self.memory.layers)
         if len(options.threshold) not in (1, len(names)):
             raise InputError(
