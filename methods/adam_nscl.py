@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from engine import state
 from engine.options import Options, flag
 from engine.task import Split, Task, batches
+from gradproj.normalization import frozen, normalization_parameters
 from gradproj.optimizers import projected_updates
 from methods.gpm import GPM, Forward
 
@@ -51,8 +52,10 @@ class AdamNSCL(GPM):
 
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
-        with super().learning(t, task), self.memory.raw(), ExitStack() as self.projecting:
-            yield
+        self.projectors = {name: self.projector(layer) for name, layer in self.memory.layers.items()}
+        with frozen(normalization_parameters(self.model, self.task_module_names) if t else ()):
+            with ExitStack() as self.projecting:
+                yield
 
     def optimizer(self, t: int, lr: float) -> torch.optim.Optimizer:
         adam = torch.optim.Adam(self.parameters(t), lr=lr)

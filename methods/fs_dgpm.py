@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from engine.options import Options, flag
 from engine.seeds import generator
 from engine.task import Split, Task
+from gradproj.normalization import frozen, normalization_parameters
 from gradproj.subspace import extend_basis
 from methods.gpm import GPM, Forward
 from methods.parts.perturbation import computing_with
@@ -86,7 +87,7 @@ class FSDGPM(GPM, Replay):
     def learning(self, t: int, task: Task) -> Iterator[None]:
         dtype = next(self.model.parameters()).dtype
         self.directions = {key: self.memory.bases[key].to(dtype) for key in self.softness}  # V (d, k)
-        with super().learning(t, task), self.memory.raw():
+        with frozen(normalization_parameters(self.model, self.task_module_names) if t else ()):
             yield
 
     def backward(self, images: Tensor, labels: Tensor, t: int) -> Tensor:

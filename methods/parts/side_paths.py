@@ -81,16 +81,17 @@ def add_side_paths(
 ) -> Tensor:
     """The output of a layer, and of the side paths of each of its groups."""
     inputs = args[0] if args else kwargs["input"]
-    parts = layer.rows(*layer.parameters).chunk(layer.groups)  # [W, b] of each group
-    if isinstance(layer, LinearLayer):  # few columns: products of a few columns are cheaper than new weights
-        columns = layer.columns(inputs)[0].T.to(parts[0].dtype)  # (n, d)
-        change = sum(path.outputs(columns, parts[0]) for path in groups[0])  # (n, o)
-        return output + change.view_as(output).to(output.dtype)
-    changes = [
-        sum((path.weights(part) for path in paths), torch.zeros_like(part))
-        for part, paths in zip(parts, groups, strict=True)
-    ]
-    return output + layer.apply(inputs, *layer.from_rows(torch.cat(changes)))
+    with torch._C.DisableTorchFunction():  # a protected weight is meant to be used here too: no reason to warn
+        parts = layer.rows(*layer.parameters).chunk(layer.groups)  # [W, b] of each group
+        if isinstance(layer, LinearLayer):  # few columns: products of a few columns are cheaper than new weights
+            columns = layer.columns(inputs)[0].T.to(parts[0].dtype)  # (n, d)
+            change = sum(path.outputs(columns, parts[0]) for path in groups[0])  # (n, o)
+            return output + change.view_as(output).to(output.dtype)
+        changes = [
+            sum((path.weights(part) for path in paths), torch.zeros_like(part))
+            for part, paths in zip(parts, groups, strict=True)
+        ]
+        return output + layer.apply(inputs, *layer.from_rows(torch.cat(changes)))
 
 
 class SidePathGPM(GPM):
