@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from methods import METHODS
+from report.published import SUCCESSORS
 from sweep import __main__ as sweep
 from sweep import jobs, machine, plan
 from tests import ROOT
@@ -71,8 +72,19 @@ def test_paper_passes_seeds_and_unknown_flags_on():
 def test_a_table_is_methods_by_benchmarks_by_seeds():
     found = commands("paper", "--table", "1")
     assert len(found) == (7 + 6 + 7) * 5
-    assert {command[command.index("--method") + 1] for command in found} == set(METHODS) - {"naive", "single"}
+    assert {command[command.index("--method") + 1] for command in found} == set(METHODS) - {
+        "naive",
+        "single",
+        *SUCCESSORS,
+    }
     assert len(commands("paper", "--table", "1", "--methods", "gpm", "naive")) == 3 * 2 * 5
+
+
+def test_the_successors_table_is_gpm_and_what_came_after_it():
+    found = commands("paper", "--table", "successors", "--seeds", "1", "--only", "pmnist")
+    methods = [command[command.index("--method") + 1] for command in found]
+    assert methods == ["gpm", "dual_gpm", "sgp", "dfgp", "trgp", "code_cl", "cuber", "fs_dgpm", "adam_nscl"]
+    assert len(commands("paper", "--table", "successors")) == len(plan.PAPER) * 9 * 5
 
 
 def test_methods_that_do_not_fit_a_benchmark_are_left_out(capsys):
