@@ -90,6 +90,15 @@ def upgraded(summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+# What a summary may leave out, or have as null.
+OPTIONAL = {
+    **dict.fromkeys(("title", "commit"), str),
+    **dict.fromkeys(("place", "memory_floats"), int),
+    **dict.fromkeys(("hyperparameters", "memory_columns", "memory_input_sizes", "interference", "versions"), dict),
+    **dict.fromkeys(("epochs", "task_names"), list),
+}
+
+
 def fault(summary: dict[str, Any]) -> str:
     """What keeps a summary from being used; empty if nothing does."""
 
@@ -113,6 +122,8 @@ def fault(summary: dict[str, Any]) -> str:
         "average_accuracy": number(summary.get("average_accuracy")),
         "backward_transfer": summary.get("backward_transfer") is None or number(summary["backward_transfer"]),
         "accuracy": matrix(summary.get("accuracy")),
+        **{key: matrix(summary.get(key) or [[]]) for key in ("valid_accuracy", "class_incremental")},
+        **{key: isinstance(summary.get(key), (kind, type(None))) for key, kind in OPTIONAL.items()},
         "seconds": isinstance(seconds, dict) and number(seconds.get("total")),
     }
     wrong = [key for key, fine in checks.items() if not fine]

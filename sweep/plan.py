@@ -25,6 +25,7 @@ ONE_HEAD = ("pmnist",)  # benchmarks whose tasks share one head
 # What `run_experiments.sh` alone runs: sizes at which GPM stands out within minutes on two CPU cores. Longest first.
 EMBEDDED = {
     "five_datasets": "--n_train 60 --n_epochs 8",
+    "miniimagenet": "--n_tasks 5 --n_epochs 8",
     "cifar100": "--n_tasks 5 --n_epochs 8 --lr 0.03 --threshold 0.9",  # noise would fill the memory at the paper's 0.97
     "cifar100_superclass": "--n_tasks 6 --n_epochs 10",
     "pmnist": "--n_tasks 5 --n_epochs 5",
@@ -32,11 +33,12 @@ EMBEDDED = {
 EMBEDDED_METHODS = ("gpm", "naive")
 
 # What `run_experiments.sh paper` runs, with every script's own defaults: the paper's.
-PAPER = dict.fromkeys(("pmnist", "cifar100", "cifar100_superclass", "five_datasets"), ("gpm", "naive"))
+PAPER = dict.fromkeys(("pmnist", "cifar100", "cifar100_superclass", "five_datasets", "miniimagenet"), ("gpm", "naive"))
 # `--table N`: the paper's tables.
 TABLES = {
     1: {
         "cifar100": ("multitask", "owm", "ewc", "hat", "a_gem", "er", "gpm"),
+        "miniimagenet": ("multitask", "ewc", "hat", "a_gem", "er", "gpm"),
         "five_datasets": ("multitask", "ewc", "hat", "a_gem", "er", "gpm"),
         "pmnist": ("multitask", "ogd", "owm", "ewc", "a_gem", "er", "gpm"),
     },

@@ -49,16 +49,15 @@ def _class_folders(folder: Path, n_classes: int) -> list[Path]:
     if not found:
         arrays = ", ".join(missing_files(folder))
         raise DataError(
-            f"miniimagenet: no images in {folder}, and nobody may offer them for download; get from ImageNet "
-            "(image-net.org) those that Ravi and Larochelle list (github.com/twitter-research/meta-learning-lstm) and put "
-            f"each class's into a folder of its own, {folder / 'CLASS'} (or {arrays} into {folder}), or run with --data "
-            "embedded"
+            f"miniimagenet: no images in {folder}, and nobody may offer them for download; get from image-net.org "
+            "those that Ravi and Larochelle list (github.com/twitter-research/meta-learning-lstm), put each class's "
+            f"into a folder of its own, {folder / 'CLASS'} (or {arrays} into {folder}), or run with --data embedded"
         )
     if len(found) != n_classes:
         names = ", ".join(path.name for path in found[:3]) + (", …" if len(found) > 3 else "")
         raise DataError(
-            f"miniimagenet: {folder} holds {len(found)} folders ({names}); it must hold {n_classes}, one for each class "
-            "and not within train, val and test"
+            f"miniimagenet: {folder} holds {len(found)} folders ({names}); it must hold {n_classes}, one for each "
+            "class and not within train, val and test"
         )
     return found
 
