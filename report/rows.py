@@ -42,7 +42,7 @@ class Row:
     @property
     def place(self) -> int | None:
         """The method's, in the order of colours."""
-        return self.runs[0].summary["place"]
+        return self.runs[0].summary.get("place")
 
     @property
     def task_identity(self) -> bool:
