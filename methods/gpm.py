@@ -41,7 +41,7 @@ class GPM(Method):
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
         rule = "released" if options.protocol == "released" else "paper"
-        self.memory = GradientProjectionMemory(model, exclude=self.task_module_names, rank_rule=rule)
+        self.memory = GradientProjectionMemory(model, exclude=self.task_module_names, rank_rule=rule, exact=True)
         names = list(self.memory.layers)
         if len(options.threshold) not in (1, len(names)):
             raise InputError(

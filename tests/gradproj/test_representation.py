@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-import gradproj.representation
+import gradproj.layers.base
 from gradproj.errors import InputError
 from gradproj.layers import find_layers
-from gradproj.layers.convolution import ConvolutionLayer, patches
+from gradproj.layers.convolution import ConvolutionLayer
 from gradproj.layers.linear import LinearLayer
 from gradproj.representation import Representation, representations
 from tests import reference
@@ -57,6 +57,11 @@ def convolution(request) -> tuple[nn.Module, Tensor, np.ndarray]:
     conv = make(n_in, n_out, kernel, bias=False, dtype=DOUBLE, **arguments)
     x = normal(2, n_in, *size)
     return conv, x, reference.conv_patches(x, kernel, **arguments)
+
+
+def patches(conv: nn.Module, x: Tensor) -> Tensor:
+    """(groups, d, n), as a layer finds them."""
+    return torch.stack(ConvolutionLayer("conv", conv).columns(x))
 
 
 def test_patches_are_those_of_plain_loops(convolution):
@@ -225,7 +230,7 @@ class TestRepresentations:
         assert_close(gram(gathered["0"]), columns @ columns.T)
 
     def test_a_layer_that_does_not_run(self, network):
-        with pytest.raises(InputError, match=r"layer heads\.1 did not run in the forward pass.*exclude it"):
+        with pytest.raises(InputError, match=r"layer heads\.1 did not run in the forward pass.*exclude what does not"):
             representations(find_layers(network), network, [normal(2, 2, 3, 3)])
 
     def test_no_hook_stays(self, network):
@@ -255,7 +260,7 @@ def test_inputs_that_the_model_overwrites_are_remembered_as_they_were():
 def test_a_block_of_patches_stays_within_its_bound(monkeypatch):
     sizes = []
     add = Representation.add
-    monkeypatch.setattr(gradproj.representation, "BLOCK_ENTRIES", 5000)
+    monkeypatch.setattr(gradproj.layers.base, "BLOCK_ENTRIES", 5000)
     monkeypatch.setattr(
         Representation, "add", lambda self, columns: (sizes.append(columns.numel()), add(self, columns))
     )
