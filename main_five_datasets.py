@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from report.plots.run import draw_run
 
 from dataloader import five_datasets
 from engine.cli import parse, script
@@ -23,6 +22,7 @@ from engine.hardware import pick_device
 from engine.options import Options, flag
 from methods import METHODS
 from models import ResNet18
+from report.plots.run import draw_run
 
 
 @dataclass(kw_only=True)

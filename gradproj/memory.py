@@ -2,133 +2,235 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from gradproj.errors import DivergenceError, InputError
+from gradproj.batches import Forward, as_batches, in_eval_mode, masks, runner
+from gradproj.distributed import summed
+from gradproj.errors import DivergenceError, FullLayerWarning, InputError, warn_caller
 from gradproj.files import load_tensors, save_tensors
-from gradproj.layers import Layer, find_layers, kept_modules
+from gradproj.inspection import Check, Verification, inspect, table, verification
+from gradproj.layers import Layer, Selection, find_layers, kept_modules
+from gradproj.layers.find import kind_of, unknown_weight
 from gradproj.normalization import frozen, normalization_parameters
-from gradproj.optimizers import projected_updates
+from gradproj.optimizers import leaves_gradients, projected_updates, unwrapped, watched_steps
 from gradproj.projection import LayerProjector, full_float32, layer_projector
-from gradproj.protection import Protection, projecting
-from gradproj.representation import Representation, representations
-from gradproj.subspace import RankRule, extend_basis
+from gradproj.protection import Protection, projecting, watching
+from gradproj.representation import Gatherer, Mask, Representation, SeenRows, finished
+from gradproj.subspace import FAST_THRESHOLD, RankRule, extend_basis, held_energy
+
+MAX_MEMORY = 2 * 2**30  # bytes
 
 
 class GradientProjectionMemory:
     """The bases of a model's layers, and the protection they give (Saha, Garg and Roy, ICLR 2021, Algorithm 1).
 
     Args:
-        model: any module. Its Linear and convolution layers are protected and its normalisation layers frozen. What
-            else in it learns (attention's projections, recurrent layers, embeddings) would forget: a warning names it.
-        exclude: names of modules to leave out, such as the task heads.
+        model: any module. What is trained of it is protected where its kind is known (`print(memory)` says what is),
+            and its normalisation layers are frozen. A warning names what else learns, and so can forget.
+        exclude: modules to leave out, such as the task heads: names, patterns like "blocks.*.mlp", or modules.
+        include: the only modules to look at, likewise.
         rank_rule: "released" keeps one direction fewer after the first task, as the authors' released code does.
+        exact: decide all ranks in float64 by full decompositions, as the paper's networks are; otherwise large layers
+            use single precision as far as ε allows.
     Raises:
-        InputError: the model has no layer to protect, an argument is unknown, or a weight belongs to two modules.
+        InputError: nothing of the model can be protected, an argument is unknown, or how a layer uses its weight is.
 
     Attributes:
         layers: the protected layers by name.
-        bases: (d, k) float64 by key: the layer's name, or name[g] for group g of a grouped convolution.
+        bases: by key (the layer's name, or name[g] for group g of a convolution): (d, k) float64 orthonormal columns;
+            of an embedding, the rows (k,) that were looked up.
 
     Example:
         >>> memory = GradientProjectionMemory(model, exclude=["heads"])
         >>> for task in tasks:
-        ...     with memory.protect():
+        ...     with memory.protect(optimizer):
         ...         train(model, task)
         ...     memory.update(lambda images: model(images, task), [samples], threshold=0.97)
     """
 
-    def __init__(self, model: nn.Module, exclude: Iterable[str] = (), rank_rule: RankRule = "paper") -> None:
-        exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-        self.model = model
-        self.layers = find_layers(model, exclude)
-        if not self.layers:
-            raise InputError(f"{type(model).__name__} has no Linear or convolution layer to protect")
+    def __init__(
+        self,
+        model: nn.Module,
+        exclude: Selection = (),
+        include: Selection | None = None,
+        rank_rule: RankRule = "paper",
+        exact: bool = False,
+    ) -> None:
         if rank_rule not in get_args(RankRule):
             raise InputError(f"rank_rule is {rank_rule!r}; it must be one of: {', '.join(get_args(RankRule))}")
+        self.model, self.exclude, self.include = model, exclude, include
         self.rank_rule: RankRule = rank_rule
-        self.exclude = exclude
-        self._protection: Protection | None = None  # while `protect` is open
-        self._warn_of_what_can_forget()
+        self.exact = exact
+        self.layers = find_layers(model, exclude, include)
+        if not self.layers:
+            raise InputError(f"{type(model).__name__} has no trained layer that can be protected")
         self.bases: dict[str, Tensor] = {
-            key: layer.module.weight.new_zeros(layer.input_size, 0, dtype=torch.float64)
-            for layer in self.layers.values()
-            for key in layer.keys
+            key: layer.empty_basis(key) for layer in self.layers.values() for key in layer.keys
         }
         self.n_updates = 0
+        self._hosts: dict[str, list[nn.Module]] = {}  # by layer name, in whose forward its weight is applied
+        self._modules = {name: layer.module for name, layer in self.layers.items()}
+        self._reference: dict[str, Tensor] = {}  # what could move, as it was when it was last remembered
+        self._steps = 0  # of optimisers since then
+        self._protection: Protection | None = None  # while `protect` is open
+        self._open: ExitStack | None = None  # what `start` opened
+        self._projected: set[int] = set()  # ids of optimisers that `protect_update` sees to
+        self._said: set[str] = set()
+        self._warn_of_what_can_forget()
 
-    def _warn_of_what_can_forget(self) -> None:
-        covered = {id(p) for layer in self.layers.values() for p in layer.module.parameters()}
-        covered |= {id(p) for p in normalization_parameters(self.model, self.exclude)}
-        modules = kept_modules(self.model, self.exclude)
-        open_parameters = [
-            f"{name}.{own}".lstrip(".")
-            for name, module in modules.items()
-            for own, p in module.named_parameters(recurse=False)
-            if p.requires_grad and id(p) not in covered
-        ]
-        if open_parameters:
-            warnings.warn(
-                f"not protected, so old tasks may be forgotten through them: {', '.join(open_parameters)}; freeze them "
-                "(requires_grad_(False)) or exclude their modules",
-                stacklevel=3,
-            )
-        moving = [name for name, m in modules.items() if getattr(m, "track_running_stats", False)]
-        if moving:
-            warnings.warn(
-                f"running statistics of {', '.join(moving)} go on moving, and with them old tasks' outputs; use "
-                "track_running_stats=False, or keep these modules in eval mode after the first task",
-                stacklevel=3,
-            )
+    def __repr__(self) -> str:
+        return table(self)
 
     @property
     def columns(self) -> dict[str, int]:
-        """k, the number of basis columns, by key."""
-        return {key: basis.shape[1] for key, basis in self.bases.items()}
+        """k, the number of basis columns (of an embedding: of rows), by key."""
+        return {key: basis.shape[-1] for key, basis in self.bases.items()}
 
     @property
     def input_sizes(self) -> dict[str, int]:
         """d, the most columns a basis can have, by key."""
-        return {key: basis.shape[0] for key, basis in self.bases.items()}
+        return {key: d for layer in self.layers.values() for key, d in layer.sizes.items()}
 
     @property
     def full_layers(self) -> list[str]:
         """Keys whose every direction is taken: these layers can no longer learn."""
-        return [key for key, basis in self.bases.items() if basis.shape[1] == basis.shape[0]]
+        sizes = self.input_sizes
+        return [key for key, k in self.columns.items() if k == sizes[key]]
+
+    @property
+    def unprotected(self) -> list[str]:
+        """The names of all parameters that are trained and neither protected nor frozen with the normalisations."""
+        covered = {id(p) for layer in self.layers.values() for p in layer.parameters}
+        covered |= {id(p) for p in self._normalization()}
+        return [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in covered]
+
+    def _normalization(self) -> list[nn.Parameter]:
+        return normalization_parameters(self.model, self.exclude, self.include)
+
+    def _warn_of_what_can_forget(self) -> None:
+        kept = kept_modules(self.model, self.exclude, self.include)
+        refused = {  # excluded, but because they had to be
+            inner
+            for name, module in self.model.named_modules()
+            if name not in kept and (kind := kind_of(module)) and unknown_weight(module, kind)
+            for inner, _ in module.named_modules(prefix=name)
+        }
+        inside = [name for name in self.unprotected if (owner := name.rpartition(".")[0]) in kept or owner in refused]
+        tied = {id(p) for name, m in kept.items() for p in m.parameters(recurse=False)}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        inside += [name for name in self.unprotected if name not in inside and id(parameters[name]) in tied]
+        if inside:
+            self._warn(
+                f"not protected, so old tasks may be forgotten through them: {', '.join(inside)}; freeze them "
+                "(requires_grad_(False), or protect(freeze_unprotected=True)) or exclude their modules"
+            )
+        moving = [name for name, m in kept.items() if getattr(m, "track_running_stats", False) and m.training]
+        if moving:
+            self._warn(
+                f"running statistics of {', '.join(moving)} go on moving, and with them old tasks' outputs; use "
+                "track_running_stats=False, or keep these modules in eval mode after the first task"
+            )
+
+    def _warn(self, text: str, category: type[UserWarning] = UserWarning) -> None:
+        """Warn the caller of the library, once of each thing."""
+        if text not in self._said:
+            self._said.add(text)
+            warn_caller(text, category)
+
+    def check(
+        self, forward: Forward, batch: Any, threshold: float | Mapping[str, float] = 1.0, mask: Mask | None = None
+    ) -> Check:
+        """Look before the first task at what the memory will do, without changing anything.
+
+        Args:
+            forward, mask: as in `update`.
+            batch: a batch like those that `update` will be given.
+            threshold: ε, to say which layers will be full; 1 gives the worst case.
+        Returns:
+            a report, to be printed: layers that do not run, what is not protected, memory and time to expect, layers
+            that will be full, weights that are also used otherwise. The latter are warned of too.
+        """
+        found = inspect(self, forward, batch, self._thresholds(threshold), mask)
+        for leak in found.leaks:
+            self._warn(f"{leak}, which no projection covers: old tasks may be forgotten through it")
+        return found
 
     def update(
         self,
-        forward: Callable[[Any], Any],
-        batches: Iterable[Any],
+        forward: Forward,
+        batches: Any,
         threshold: float | Mapping[str, float],
         samples: Mapping[str, int] | None = None,
+        *,
+        mask: Mask | None = None,
+        rows: int | None = None,
+        max_columns: int | None = None,
+        max_memory: int = MAX_MEMORY,
     ) -> None:
         """Remember the task just learned (paper Eqs. 5, 8 and 9).
 
+        In a process group all processes must call it, each with its share of the samples.
+
         Args:
-            forward: runs the model on one batch, for example `lambda images: model(images, task)`.
-            batches: representative training samples of the task; one batch of a few hundred is usual.
+            forward: runs the model on one batch, for example `lambda images: model(images, task)`; or the model itself.
+            batches: representative training samples of the task: batches in a list or a DataLoader, or one batch, as a
+                tensor or a dict. A few hundred samples are usual. Tensors are moved to the model's device.
             threshold: ε in (0, 1], one for all layers or one by layer name.
-            samples: by layer name, how many samples of each batch become columns; all where unnamed.
+            samples: by layer name, how many samples of each batch become columns, the first ones; all where unnamed.
+            mask: which positions count, such as tokens that are no padding: a function of the batch, or its key in a
+                dict, that gives (batch,) or (batch, positions) booleans.
+            rows: at most so many columns of each batch and layer, drawn at random.
+            max_columns: at most so many columns for each basis; a warning says what share of the energy is then held.
+            max_memory: bytes that matrices of inputs may take at once; if they need more, batches run more than once.
         Raises:
             ValueError: a threshold is out of range.
-            InputError: a protected layer did not run, a name is unknown, or it is called within `protect`.
+            InputError: layers did not run, a name is unknown, it is called within `protect`, or batches that can run
+                only once would have to run more often.
             DivergenceError: a layer's inputs are infinite or NaN.
         """
-        self._thresholds(threshold)  # before the work
-        self.extend(self.gather(forward, batches, samples), threshold)
+        thresholds = self._thresholds(threshold)  # before the work
+        fast = not self.exact and max(thresholds.values()) <= FAST_THRESHOLD
+        bases: dict[str, Tensor] = {}
+        for names, again in self._passes(forward, batches, samples, mask, max_memory):
+            layers = {name: self.layers[name] for name in names}
+            gathered = self._gathered(forward, again, samples, mask, Gatherer(layers, samples, rows, fast))
+            bases |= self._extended(gathered, thresholds, fast, max_columns)
+        self.replace(bases)
 
     def gather(
-        self, forward: Callable[[Any], Any], batches: Iterable[Any], samples: Mapping[str, int] | None = None
-    ) -> dict[str, Representation]:
-        """The inputs of the protected layers by key: the first half of `update`, with its arguments and errors."""
+        self,
+        forward: Forward,
+        batches: Any,
+        samples: Mapping[str, int] | None = None,
+        mask: Mask | None = None,
+        keep_columns: bool = False,
+    ) -> dict[str, Representation | SeenRows]:
+        """What the protected layers see, by key: the first half of `update`, with its arguments and errors.
+
+        With `keep_columns` all columns are held as they are, however many.
+        """
+        return self._gathered(
+            forward, as_batches(batches), samples, mask, Gatherer(self.layers, samples, keep_columns=keep_columns)
+        )
+
+    def extend(self, gathered: Mapping[str, Representation | SeenRows], threshold: float | Mapping[str, float]) -> None:
+        """Extend the bases by what was gathered: the second half of `update`."""
+        self.replace(self._extended(gathered, self._thresholds(threshold), fast=False, max_columns=None))
+
+    def _gathered(
+        self,
+        forward: Forward,
+        batches: Iterable[Any],
+        samples: Mapping[str, int] | None,
+        mask: Mask | None,
+        gatherer: Gatherer,
+    ) -> dict[str, Representation | SeenRows]:
         if self.is_protecting:
             raise InputError("update within protect() would protect only once that is entered anew; leave it first")
         for name, count in (samples or {}).items():
@@ -136,28 +238,113 @@ class GradientProjectionMemory:
                 raise InputError(
                     f"samples has {name!r}: {count}; it must give layers 1 or more: {', '.join(self.layers)}"
                 )
-        training_modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            gathered = representations(self.layers, forward, batches, samples)
-        finally:
-            for module, mode in training_modes.items():
-                module.training = mode
+        n_batches, run = 0, runner(forward, self.model)
+        with in_eval_mode(self.model):
+            for batch in batches:
+                gatherer.run(run, batch, masks(mask, batch))
+                n_batches += 1
+        gathered = summed(finished(gatherer, n_batches))
         for key, representation in gathered.items():
             if not representation.is_finite:
                 raise DivergenceError(f"the inputs of layer {key} are infinite or NaN: the network has diverged")
+        for name, modules in gatherer.hosts.items():
+            known = self._hosts.setdefault(name, [])
+            known += [module for module in modules if module not in known]
         return gathered
 
-    def extend(self, gathered: Mapping[str, Representation], threshold: float | Mapping[str, float]) -> None:
-        """Extend the bases by what was gathered: the second half of `update`."""
-        thresholds = self._thresholds(threshold)
+    def _passes(
+        self, forward: Forward, batches: Any, samples: Mapping[str, int] | None, mask: Mask | None, max_memory: int
+    ) -> Iterator[tuple[list[str], Iterable[Any]]]:
+        """Which layers to gather in each pass over the batches, so that their matrices fit, and the batches."""
+        batches = as_batches(batches)
+        need = {name: sum(8 * d * d for d in layer.sizes.values()) for name, layer in self.layers.items()}
+        if sum(need.values()) <= max_memory:
+            yield list(self.layers), batches
+            return
+        first = next(iter(batches), None)
+        gatherer = Gatherer(self.layers, samples, count_only=True)
+        if first is not None:
+            with in_eval_mode(self.model):
+                gatherer.run(runner(forward, self.model), first, masks(mask, first))
+        shares = {id(source): source for source in gatherer.sources.values()}
+        groups = [source.members for source in shares.values()]
+        groups += [[name] for name in self.layers if name not in gatherer.sources]  # they did not run, as will be said
+        passes: list[list[str]] = [[]]
+        room = max_memory
+        for members in groups:
+            if passes[-1] and need[members[0]] > room:
+                passes.append([])
+                room = max_memory
+            passes[-1] += members
+            room -= need[members[0]]
+        if len(passes) > 1 and iter(batches) is batches:
+            total = sum(need[members[0]] for members in groups) / 2**30
+            raise InputError(
+                f"the layers' inputs need {total:.1f} GiB, so the batches must run {len(passes)} times, but they can "
+                "run only once: give a list or a DataLoader, or a larger max_memory"
+            )
+        if iter(batches) is batches:
+            raise InputError("max_memory is so small that batches must run twice; give a list or a DataLoader")
+        for names in passes:
+            yield names, batches
+
+    def _extended(
+        self,
+        gathered: Mapping[str, Representation | SeenRows],
+        thresholds: Mapping[str, float],
+        fast: bool,
+        max_columns: int | None,
+    ) -> dict[str, Tensor]:
+        """New bases by key; layers that share inputs, basis and ε share the new basis too."""
         rule = self.rank_rule if self.n_updates == 0 else "paper"
-        self.bases = {
-            key: extend_basis(self.bases[key], gathered[key], thresholds[layer.name], rule)
-            for layer in self.layers.values()
-            for key in layer.keys
-        }
+        names = {key: name for name, layer in self.layers.items() for key in layer.keys}
+        made: dict[tuple, Tensor] = {}
+        bases: dict[str, Tensor] = {}
+        for key, seen in gathered.items():
+            basis, epsilon = self.bases[key], thresholds[names[key]]
+            if isinstance(seen, SeenRows):
+                rows = seen.seen.clone()
+                rows[basis.to(rows.device)] = True
+                bases[key] = rows.nonzero()[:, 0]
+                continue
+            same = (id(seen), basis.data_ptr(), basis.shape[1], epsilon)
+            if same not in made:
+                made[same] = extend_basis(basis, seen, epsilon, rule, fast=fast, max_columns=max_columns)
+                self._say_what_is_lost(key, made[same], seen, epsilon, max_columns)
+            bases[key] = made[same]
+        return bases
+
+    def _say_what_is_lost(
+        self, key: str, basis: Tensor, seen: Representation, epsilon: float, max_columns: int | None
+    ) -> None:
+        if max_columns is not None and basis.shape[1] >= max_columns and (held := held_energy(basis, seen)) < epsilon:
+            self._warn(
+                f"{key} has {basis.shape[1]} columns, the most allowed; they hold {held:.4f} of its inputs' energy"
+            )
+
+    def replace(self, bases: Mapping[str, Tensor]) -> None:
+        """Remember a task by bases that were made otherwise: (d, k) float64 with orthonormal columns, by key.
+
+        The network as it is now is what `verify` compares with from then on.
+        """
+        before = set(self.full_layers)
+        self.bases = {key: bases[key] for key in self.bases}
         self.n_updates += 1
+        self._steps = 0
+        self._reference = self._what_could_move()
+        if new := [key or "the model" for key in self.full_layers if key not in before]:
+            whole = len(self.full_layers) == len(self.bases)
+            which = "every layer is" if whole else f"{', '.join(new)} {'are' if len(new) > 1 else 'is'}"
+            self._warn(
+                f"{which} full after task {self.n_updates}: no direction is free, so no later task can train "
+                f"{'anything' if whole else 'them' if len(new) > 1 else 'it'}; a lower threshold leaves more",
+                FullLayerWarning,
+            )
+
+    def _what_could_move(self) -> dict[str, Tensor]:
+        """A copy, on the CPU, of all trained parameters and all buffers."""
+        moving = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        return {name: value.detach().to("cpu", copy=True) for name, value in (*moving, *self.model.named_buffers())}
 
     def _thresholds(self, given: float | Mapping[str, float]) -> dict[str, float]:
         """ε of each layer, from one for all or one by name."""
@@ -166,36 +353,131 @@ class GradientProjectionMemory:
             wrong = ", ".join(sorted(values.keys() ^ self.layers.keys()))
             raise InputError(f"threshold differs from the layers in {wrong}; the layers are: {', '.join(self.layers)}")
         try:
-            return {name: float(number) for name, number in values.items()}
+            numbers = {name: float(number) for name, number in values.items()}
         except (TypeError, ValueError) as error:
             raise InputError(f"threshold is {given!r}; it must be a number, or one by layer name") from error
+        for number in numbers.values():
+            if not 0 < number <= 1:
+                raise InputError(f"threshold is {number}; it must be in (0, 1]")
+        return numbers
 
     @contextmanager
     def protect(
-        self, projector: Callable[[Layer], LayerProjector] | None = None
+        self,
+        optimizer: Any | None = None,
+        freeze_unprotected: bool = False,
+        projector: Callable[[Layer], LayerProjector] | None = None,
     ) -> Iterator[dict[str, LayerProjector]]:
         """Within this context training leaves what is remembered alone; before the first update it does nothing.
 
         Gradients of the protected layers come out orthogonal to their bases, and the parameters of normalisation layers
         are frozen, since moving them would change every old task (paper Sec. 5).
 
-        With an optimiser that moves weights off the projected gradient (Adam, weight decay, momentum kept from the task
-        before), also wrap it in `protect_update`.
-
         Args:
+            optimizer: what will train, also inside the wrappers of other libraries. Where its steps are no combination
+                of this task's gradients (Adam, weight decay, momentum from before), its updates are projected as well.
+                Without it, such an optimiser is warned of at its first step.
+            freeze_unprotected: also freeze what is trained and not protected, such as other kinds of layers.
             projector: what the gradient of a layer goes through, for methods that project otherwise than orthogonally.
         Yields:
             the projectors by layer name.
+        Raises:
+            InputError: a protected module was replaced by another, or half of it was frozen, since the memory was made.
         """
+        self._check_modules()
         make = projector or (lambda layer: layer_projector(layer, self.bases))
         projectors = {name: make(layer) for name, layer in self.layers.items()}
-        freezing = frozen(normalization_parameters(self.model, self.exclude)) if self.n_updates else nullcontext()
-        with freezing, projecting(projectors) as switch:
-            self._protection = switch
+        with ExitStack() as stack:
+            if self.n_updates:
+                frozen_ones = [*self._normalization(), *(self._open_parameters() if freeze_unprotected else ())]
+                stack.enter_context(frozen(frozen_ones))
+                self._warn_of_rounding()
+            if self.n_updates and not self._reference:  # the memory was loaded
+                self._reference = self._what_could_move()
+            protection = stack.enter_context(projecting(projectors, self._hosts))
+            stack.enter_context(watching(self.model, protection, self._say_leaks))
+            inner = self._projecting_updates(optimizer, projectors, stack)
+            stack.enter_context(self._watching_optimizers(inner))
+            self._protection = protection
             try:
                 yield projectors
             finally:
                 self._protection = None
+
+    def _projecting_updates(
+        self, optimizer: Any | None, projectors: Mapping[str, LayerProjector], stack: ExitStack
+    ) -> torch.optim.Optimizer | None:
+        if optimizer is None:
+            return None
+        inner = unwrapped(optimizer)
+        if leaves_gradients(inner, self._protected_parameters()):
+            stack.enter_context(projected_updates(inner, projectors))
+        return inner
+
+    def _protected_parameters(self) -> list[nn.Parameter]:
+        return [p for layer in self.layers.values() for p in layer.parameters if p is not None]
+
+    def _open_parameters(self) -> list[nn.Parameter]:
+        names = set(self.unprotected)
+        return [p for name, p in self.model.named_parameters() if name in names]
+
+    @contextmanager
+    def _watching_optimizers(self, given: torch.optim.Optimizer | None) -> Iterator[None]:
+        busy = [] if not any(self.columns.values()) else self._protected_parameters()
+        parameters = {id(p): p for p in busy}
+
+        def say(name: str, reason: str) -> None:
+            self._warn(
+                f"{name} trains protected layers, and {reason}: projected gradients alone do not hold old tasks then; "
+                "give it to protect(optimizer)"
+            )
+
+        def count() -> None:
+            self._steps += 1
+
+        known = {id(given)} if given is not None else set()
+        with watched_steps(parameters, lambda: known | self._projected, say, count):
+            yield
+
+    def _say_leaks(self, leaks: list[str]) -> None:
+        for leak in leaks:
+            self._warn(f"{leak}, which no projection covers: old tasks may be forgotten through it")
+
+    def _check_modules(self) -> None:
+        """Raise InputError where protected modules are no longer what they were; warn of layers that came since."""
+        current = dict(self.model.named_modules())
+        replaced = [name for name, module in self._modules.items() if current.get(name) is not module]
+        if replaced:
+            raise InputError(
+                f"module {', '.join(replaced)} was replaced since this memory was made, and the new one is not "
+                "protected; make a new memory (load_state_dict gives it these bases)"
+            )
+        self._warn_of_what_can_forget()
+
+    def _warn_of_rounding(self) -> None:
+        halves = [name for name, layer in self.layers.items() if layer.dtype in (torch.bfloat16, torch.float16)]
+        if halves:
+            dtype = str(self.layers[halves[0]].dtype).removeprefix("torch.")
+            size = torch.finfo(self.layers[halves[0]].dtype).eps / 2
+            self._warn(
+                f"the weights of {len(halves)} layers are {dtype}: each step rounds them by up to {size:.1g} of "
+                "themselves, which moves old outputs however gradients are projected (verify() measures it); keep "
+                "float32 weights and train under autocast"
+            )
+
+    def start(self, optimizer: Any | None = None, freeze_unprotected: bool = False) -> None:
+        """Open `protect` without a with statement, for loops that others drive by callbacks; `stop` closes it."""
+        if self._open is not None:
+            raise InputError("start() was called already; stop() comes first")
+        stack = ExitStack()
+        stack.enter_context(self.protect(optimizer, freeze_unprotected))
+        self._open = stack
+
+    def stop(self) -> None:
+        """Close what `start` opened; does nothing otherwise."""
+        if self._open is not None:
+            stack, self._open = self._open, None
+            stack.close()
 
     @property
     def is_protecting(self) -> bool:
@@ -221,26 +503,52 @@ class GradientProjectionMemory:
         if self._protection is None:
             return
         for project in self._protection.projectors.values():
-            weight, bias = project.layer.parameters
-            if weight.grad is None or project.is_idle:
+            parameters = project.layer.parameters
+            gradients = [None if p is None else p.grad for p in parameters]
+            if project.is_idle or all(g is None for g in gradients):
                 continue
-            with full_float32(weight):
-                projected = project(weight.grad, None if bias is None else bias.grad)
-            for parameter, gradient in zip((weight, bias), projected, strict=True):
+            gradients = [
+                torch.zeros_like(p) if p is not None and g is None else g
+                for p, g in zip(parameters, gradients, strict=True)
+            ]
+            with full_float32(next(g for g in gradients if g is not None)):
+                projected = project(*gradients)
+            for parameter, gradient in zip(parameters, projected, strict=True):
                 if parameter is not None:
                     parameter.grad = gradient
 
     @contextmanager
-    def protect_update(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    def protect_update(self, optimizer: Any) -> Iterator[None]:
         """Within this context every `optimizer.step()` moves the protected weights orthogonally to their bases.
 
-        For optimisers whose update is not a combination of this task's gradients: Adam rescales entries, weight decay
-        adds W, momentum may date from an earlier task. It projects the update itself, W ← W₀ + (W - W₀) P, at the
-        price of a copy of the weights.
+        What `protect(optimizer)` does where it is needed, by itself. It projects the update, W ← W₀ + (W - W₀) P, at
+        the price of a copy of the weights.
         """
         projectors = {name: layer_projector(layer, self.bases) for name, layer in self.layers.items()}
-        with projected_updates(optimizer, projectors):
-            yield
+        inner = unwrapped(optimizer)
+        self._projected.add(id(inner))
+        try:
+            with projected_updates(inner, projectors):
+                yield
+        finally:
+            self._projected.discard(id(inner))
+
+    def verify(self, forward: Forward, batch: Any, mask: Mask | None = None) -> Verification:
+        """Measure how far outputs on a batch have moved since the last update, for each layer and at the end.
+
+        Args:
+            forward, mask: as in `update`.
+            batch: of an old task; one that `update` was given shows whether the guarantee holds, any other what the
+                bases do not hold.
+        Returns:
+            a report, to be printed: what moved, what rounding explains, and what share of each layer's inputs its basis
+            does not hold, ‖R - M Mᵀ R‖ / ‖R‖.
+        Raises:
+            InputError: nothing has been remembered yet.
+        """
+        if not self._reference:
+            raise InputError("there is nothing to compare with: update() or protect() comes first")
+        return verification(self, self._reference, self._steps, forward, batch, mask)
 
     @torch.no_grad()
     def leak(self, before: Mapping[str, Tensor]) -> dict[str, float | None]:
@@ -249,33 +557,42 @@ class GradientProjectionMemory:
         Args:
             before: the model's state_dict from where the movement is measured, on any device.
         Returns:
-            None where nothing moved, as in a full layer.
+            None where nothing moved beyond rounding, as in a full layer.
         """
-        ratios = {}
-        for name, layer in self.layers.items():
-            old = [before.get(f"{name}.{part}".lstrip(".")) for part in ("weight", "bias")]
-            moved = [None if p is None else p - o.to(p) for p, o in zip(layer.parameters, old, strict=True)]
-            rows = layer.rows(*moved)  # (o, d)
-            for key, part in zip(layer.keys, rows.chunk(layer.groups), strict=True):
-                basis, length = self.bases[key], part.norm().item()
-                with full_float32(part):
-                    inside = (part @ basis.to(part.dtype)).norm().item()
-                full = basis.shape[1] == basis.shape[0]
-                ratios[key] = None if full or length == 0 else inside / length
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        ratios: dict[str, float | None] = {}
+        for layer in self.layers.values():
+            parameters = layer.parameters
+            moved = [None if p is None else p - before[names[id(p)]].to(p) for p in parameters]
+            size = torch.stack([p.norm() for p in parameters if p is not None]).norm().item()
+            for key, d in layer.sizes.items():
+                basis = self.bases[key]
+                with full_float32(basis):
+                    inside, length = (x.item() for x in layer.inside(key, basis.to(layer.device), *moved))
+                still = length <= 2 * torch.finfo(layer.dtype).eps * size
+                ratios[key] = None if still or basis.shape[-1] == d else inside / length
         return ratios
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs, tensors and plain numbers only."""
-        return {"bases": dict(self.bases), "n_updates": self.n_updates}
+        """Everything that `load_state_dict` needs, tensors and plain values only."""
+        places = {id(module): i for i, module in enumerate(self.model.modules())}
+        hosts = {name: [places[id(m)] for m in modules if id(m) in places] for name, modules in self._hosts.items()}
+        return {"bases": dict(self.bases), "n_updates": self.n_updates, "hosts": hosts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved memory; raises InputError where it is not of this model's layers."""
-        expected, found = self.input_sizes, {key: len(basis) for key, basis in state["bases"].items()}
+        found = {key: basis.shape[0] if basis.ndim == 2 else None for key, basis in state["bases"].items()}
+        expected = {key: d if self.bases[key].ndim == 2 else None for key, d in self.input_sizes.items()}
         if expected != found:
-            wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+            wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key, -1) != found.get(key, -1))
             raise InputError(f"the saved memory is of another model: layers {', '.join(wrong)} differ in name or size")
-        self.bases = {key: state["bases"][key].to(self.bases[key]) for key in self.bases}
+        devices = {key: layer.device for layer in self.layers.values() for key in layer.keys}
+        self.bases = {key: state["bases"][key].to(devices[key]) for key in self.bases}
         self.n_updates = state["n_updates"]
+        modules = list(self.model.modules())
+        hosts = state.get("hosts", {})  # by place in the model
+        self._hosts = {name: [modules[i] for i in places if i < len(modules)] for name, places in hosts.items()}
+        self._reference, self._steps = {}, 0
 
     def save(self, path: str | Path) -> None:
         """Write the memory to a file."""

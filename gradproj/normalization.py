@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradproj.layers import kept_modules
+from gradproj.layers import Selection, kept_modules
 
 Normalization = (
     nn.modules.batchnorm._BatchNorm,
@@ -91,7 +91,17 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def normalization_parameters(model: nn.Module, exclude: Iterable[str] = ()) -> list[nn.Parameter]:
-    """Scales and shifts of a model's normalisation layers, but for those in some modules."""
-    modules = kept_modules(model, exclude).values()
-    return [p for module in modules if isinstance(module, Normalization) for p in module.parameters(recurse=False)]
+def is_normalization(module: nn.Module) -> bool:
+    """Whether a module scales and shifts what it has normalised: torch's own, or one that is called so and looks so."""
+    own = list(module.parameters(recurse=False))
+    return isinstance(module, Normalization) or (
+        "norm" in type(module).__name__.lower() and bool(own) and all(p.ndim == 1 for p in own)
+    )
+
+
+def normalization_parameters(
+    model: nn.Module, exclude: Selection = (), include: Selection | None = None
+) -> list[nn.Parameter]:
+    """Scales and shifts of a model's normalisation layers, of those modules that are selected."""
+    modules = kept_modules(model, exclude, include).values()
+    return [p for module in modules if is_normalization(module) for p in module.parameters(recurse=False)]

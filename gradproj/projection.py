@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradproj.errors import InputError
 from gradproj.layers import Layer
+from gradproj.layers.embedding import EmbeddingLayer, TiedEmbeddingLayer
 from gradproj.subspace import orthogonal_complement
 
 
@@ -110,6 +111,11 @@ class Projector:
         return torch.addmm(rows, inside, self.factor_t, alpha=-1)
 
 
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision to project rows of some precision in: half precision would put 1e-3 of a gradient into a basis."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def orthogonal_projector(basis: Tensor, dtype: torch.dtype, route: Route | None = None) -> Projector:
     """Multiplies rows by P = I - M Mᵀ.
 
@@ -133,10 +139,18 @@ class LayerProjector:
     Args:
         layer: whose parameters.
         groups: one for each of the layer's keys.
+    Raises:
+        InputError: what is trained of the layer is not what was when it was found.
     """
 
     def __init__(self, layer: Layer, groups: list[Projector]) -> None:
         self.layer, self.groups = layer, groups
+        trained = tuple(p is not None and p.requires_grad for p in layer.all_parameters)
+        if trained != layer.trained and any(trained) and not self.is_idle:
+            raise InputError(
+                f"of layer {layer.name} either the weight or the bias is frozen, but their directions are remembered "
+                "together; train or freeze both"
+            )
 
     @property
     def is_idle(self) -> bool:
@@ -148,27 +162,55 @@ class LayerProjector:
         """Every direction is taken: the layer can no longer learn."""
         return all(projector.route == "zero" for projector in self.groups)
 
-    def __call__(self, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Project a weight-shaped tensor and a bias-shaped one, together the rows [W, b] (o, d)."""
-        rows = self.layer.rows(weight, bias)
+    def __call__(self, weight: Tensor | None, bias: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Project tensors of the shapes of what is trained of weight and bias, together the rows [W, b] (o, d)."""
+        dtype = self.layer.dtype
+        rows = self.layer.rows(*(None if p is None else p.to(product_dtype(dtype)) for p in (weight, bias)))
+        return tuple(None if p is None else p.to(dtype) for p in self.layer.from_rows(self.project_rows(rows)))
+
+    def project_rows(self, rows: Tensor) -> Tensor:
+        """Rows (o, d), group after group, each group's projected."""
         parts = rows.chunk(len(self.groups)) if len(self.groups) > 1 else (rows,)
         parts = [project(part) for project, part in zip(self.groups, parts, strict=True)]
-        return self.layer.from_rows(torch.cat(parts) if len(parts) > 1 else parts[0])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+class RowProjector(LayerProjector):
+    """Projects the gradient of an embedding's table: rows that were seen get none, ΔW ← (I - S) ΔW (I - M Mᵀ).
+
+    Args:
+        layer: whose table.
+        seen: (k,) the rows S that were looked up.
+        columns: what the rows' own columns go through, where the table is an output head's weight too.
+    """
+
+    def __init__(self, layer: Layer, seen: Tensor, columns: Projector | None = None) -> None:
+        self.seen = seen
+        super().__init__(layer, [] if columns is None else [columns])
+
+    @property
+    def is_idle(self) -> bool:
+        return not len(self.seen) and super().is_idle
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.seen) == self.layer.weight_size or (bool(self.groups) and super().is_full)
+
+    def project_rows(self, rows: Tensor) -> Tensor:
+        if not self.groups:  # rows as its layer has them: one a component, W turned
+            return rows.index_fill(1, self.seen, 0)
+        return super().project_rows(rows).index_fill(0, self.seen, 0)
 
 
 def layer_projector(layer: Layer, bases: Mapping[str, Tensor]) -> LayerProjector:
-    """Makes a layer's gradients orthogonal to its bases, (d, k) by key.
+    """Makes a layer's gradients orthogonal to its subspaces, by key: bases (d, k), or rows (k,) of an embedding.
 
-    Raises:
-        InputError: the layer's weight trains and its bias does not, or the other way round.
+    It raises what LayerProjector does.
     """
-    weight, bias = layer.parameters
-    project = LayerProjector(
-        layer, [orthogonal_projector(bases[key].to(weight.device), weight.dtype) for key in layer.keys]
-    )
-    if bias is not None and bias.requires_grad != weight.requires_grad and not project.is_idle:
-        raise InputError(
-            f"of layer {layer.name} either the weight or the bias is frozen, but their directions are remembered "
-            "together; train or freeze both"
-        )
-    return project
+    held = {key: bases[key].to(layer.device) for key in layer.keys}
+    dtype = product_dtype(layer.dtype)
+    if isinstance(layer, TiedEmbeddingLayer):
+        return RowProjector(layer, held[layer.name], orthogonal_projector(held[layer.head_name], dtype))
+    if isinstance(layer, EmbeddingLayer):
+        return RowProjector(layer, held[layer.name])
+    return LayerProjector(layer, [orthogonal_projector(held[key], dtype) for key in layer.keys])

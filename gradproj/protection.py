@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MethodType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gradproj.layers import Layer
 from gradproj.layers.linear import LinearLayer
-from gradproj.projection import LayerProjector, Projector, full_float32
+from gradproj.layers.uses import Uses
+from gradproj.projection import LayerProjector, Projector, full_float32, product_dtype
 
 
 class _GradientSide(torch.autograd.Function):
-    """The parameters as they are; their gradients projected."""
+    """A layer's parameters as they are; their gradients projected."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, bias: Tensor | None, project: LayerProjector):
+    def forward(ctx, weight: Tensor | None, bias: Tensor | None, project: LayerProjector):
         ctx.project = project
-        return weight.view_as(weight), None if bias is None else bias.view_as(bias)
+        with torch._C.DisableTorchFunction():
+            return tuple(None if p is None else p.view_as(p) for p in (weight, bias))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_weight: Tensor, grad_bias: Tensor | None):
-        with full_float32(grad_weight):
+    def backward(ctx, grad_weight: Tensor | None, grad_bias: Tensor | None):
+        with full_float32(grad_bias if grad_weight is None else grad_weight):
             return *ctx.project(grad_weight, grad_bias), None
 
 
@@ -41,30 +44,32 @@ class _InputSide(torch.autograd.Function):
     def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None, project: Projector):
         ctx.save_for_backward(inputs, weight)
         ctx.project, ctx.has_bias = project, bias is not None
-        return F.linear(inputs, weight, bias)
+        with torch._C.DisableTorchFunction():
+            return F.linear(inputs, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
         inputs, weight = ctx.saved_tensors
         grad_inputs = (grad_output @ weight.to(grad_output.dtype)).to(inputs.dtype) if ctx.needs_input_grad[0] else None
-        rows = inputs.reshape(-1, inputs.shape[-1]).to(weight.dtype)  # (m, d)
+        dtype = product_dtype(weight.dtype)
+        rows = inputs.reshape(-1, inputs.shape[-1]).to(dtype)  # (m, d)
         if ctx.has_bias:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        deltas = grad_output.reshape(-1, grad_output.shape[-1]).to(weight.dtype)  # (m, o)
+        deltas = grad_output.reshape(-1, grad_output.shape[-1]).to(dtype)  # (m, o)
         with full_float32(rows):
-            grad = deltas.T @ ctx.project(rows)  # (o, d)
+            grad = (deltas.T @ ctx.project(rows)).to(weight.dtype)  # (o, d)
         if ctx.has_bias:
             return grad_inputs, grad[:, :-1], grad[:, -1], None
         return grad_inputs, grad, None, None
 
 
 class _Still(torch.autograd.Function):
-    """A layer's output as it is; it hangs on a weight, which gets no gradient, so that backward() works."""
+    """A copy of an output that hangs on a parameter, which gets no gradient, so that backward() works."""
 
     @staticmethod
-    def forward(ctx, output: Tensor, weight: Tensor):
-        return output.view_as(output)
+    def forward(ctx, output: Tensor, parameter: Tensor):
+        return output.clone()  # not a view: the model may go on to change it in place
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
@@ -83,30 +88,85 @@ class Protection:
         self.projectors, self.is_on = projectors, True
 
 
-class _ProjectedForward:
-    """A layer's own forward, with projected parameter gradients; a copy of the layer gets its plain forward back."""
+class _HostForward:
+    """A module's own forward, run on the parameters of some layers as they are but with projected gradients.
 
-    def __init__(self, project: LayerProjector, protection: Protection) -> None:
-        self.layer, self.project, self.protection = project.layer, project, protection
+    It computes exactly what it computes outside: the parameters that it finds have the same storage.
 
-    def __call__(self, input: Tensor) -> Tensor:
-        weight, bias = self.layer.parameters
-        if not self.protection.is_on:
-            return self.layer.apply(input, weight, bias)
-        if self.project.is_full:  # the gradient is zero: do not compute it
-            output = self.layer.apply(input, weight.detach(), None if bias is None else bias.detach())
-            return _Still.apply(output, weight)
-        if isinstance(self.layer, LinearLayer) and input.numel() < weight.numel():
-            return _InputSide.apply(input, weight, bias, self.project.groups[0])
-        return self.layer.apply(input, *_GradientSide.apply(weight, bias, self.project))
+    Args:
+        module: whose forward applies the layers' weights; often the layer itself.
+        projects: the layers' projectors.
+        protection: the context.
+    """
+
+    def __init__(self, module: nn.Module, projects: Sequence[LayerProjector], protection: Protection) -> None:
+        self.module, self.projects, self.protection = module, projects, protection
+        self.replaced: Callable[..., Any] | None = vars(module).get("forward")  # by hooks of other libraries
+        self.forward = module.forward
+        layer = projects[0].layer
+        plain = self.replaced is None and type(module).forward is nn.Linear.forward and layer.module is module
+        whole = all(a is b for a, b in zip(layer.parameters, layer.all_parameters, strict=True))
+        self.is_linear = plain and type(layer) is LinearLayer and whole
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.protection.is_on or not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        if self.is_linear and not self.projects[0].is_full:
+            (inputs,) = (*args, *kwargs.values())
+            weight, bias = self.module.weight, self.module.bias
+            if inputs.numel() < weight.numel():
+                return _InputSide.apply(inputs, weight, bias, self.projects[0].groups[0])
+        found = [(owner, name, p) for project in self.projects for owner, name, p in _trained(project.layer)]
+        for project in self.projects:
+            self._substitute(project)
+        try:
+            output = self.forward(*args, **kwargs)
+        finally:
+            for owner, name, p in found:
+                owner._parameters[name] = p
+        return _hung_on(output, found[0][2]) if found and all(p.is_full for p in self.projects) else output
+
+    def _substitute(self, project: LayerProjector) -> None:
+        """Put substitutes in the places of a layer's parameters."""
+        weight, bias = (p if p is not None and p.requires_grad else None for p in project.layer.parameters)
+        if weight is None and bias is None:
+            return
+        if project.is_full:  # the gradient is zero: do not compute it
+            substitutes = [None if p is None else p.detach() for p in (weight, bias)]
+        else:
+            substitutes = _GradientSide.apply(weight, bias, project)
+        for owner, name, p in _trained(project.layer):
+            owner._parameters[name] = substitutes[0] if p is weight else substitutes[1]
 
     def __reduce__(self):
-        """Copied or pickled with its layer, it is the layer class's forward, bound to the copy."""
-        return getattr, (self.layer.module, "forward")
+        """Copied or pickled with its module, it is what was there before: the class's forward, bound to the copy."""
+        return (getattr, (self.module, "forward")) if self.replaced is None else (_itself, (self.replaced,))
+
+
+def _itself(thing: Any) -> Any:
+    return thing
+
+
+def _trained(layer: Layer) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Where a layer's parameters that are trained now are looked up: module, name, parameter."""
+    parameters = [p for p in layer.parameters if p is not None and p.requires_grad]
+    places = [(owner, name, owner._parameters.get(name)) for owner, name in layer.owners]
+    return [(owner, name, p) for owner, name, p in places if any(p is other for other in parameters)]
+
+
+def _hung_on(output: Any, parameter: Tensor) -> Any:
+    """An output that backward() can start from although nothing before it has a gradient."""
+    if isinstance(output, Tensor):
+        return output if output.requires_grad or not output.is_floating_point() else _Still.apply(output, parameter)
+    if isinstance(output, tuple) and not hasattr(output, "_fields"):
+        return tuple(_hung_on(part, parameter) for part in output)
+    return output
 
 
 @contextmanager
-def projecting(projectors: Mapping[str, LayerProjector]) -> Iterator[Protection]:
+def projecting(
+    projectors: Mapping[str, LayerProjector], hosts: Mapping[str, Sequence[nn.Module]] | None = None
+) -> Iterator[Protection]:
     """Within this context, backward gives layers' parameters gradients that went through projectors of any kind.
 
     The projection is a property of the layers, so any optimiser, gradient accumulation, AMP and data-parallel training
@@ -114,19 +174,107 @@ def projecting(projectors: Mapping[str, LayerProjector]) -> Iterator[Protection]
 
     Args:
         projectors: by layer name; idle ones leave their layer alone.
+        hosts: by layer name, the modules whose forward applies its weight; the layer's own where not given.
     Raises:
         RuntimeError: a layer is protected already.
     """
     protection = Protection(projectors)
-    busy = {name: project for name, project in projectors.items() if not project.is_idle}
-    for name, project in busy.items():  # all before any is replaced, so that a refusal leaves nothing behind
-        module = project.layer.module
-        if vars(module).get("forward", plain := MethodType(type(module).forward, module)) != plain:
-            raise RuntimeError(f"the forward of layer {name} is replaced already: two protections cannot nest")
-    for project in busy.values():
-        project.layer.module.forward = _ProjectedForward(project, protection)
+    at: dict[nn.Module, list[LayerProjector]] = {}
+    for name, project in projectors.items():
+        if not project.is_idle and any(p is not None and p.requires_grad for p in project.layer.parameters):
+            own = [owner for owner, _ in project.layer.owners]
+            for module in dict.fromkeys([*own, *(hosts or {}).get(name, ())]):
+                if isinstance(vars(module).get("forward"), _HostForward):
+                    raise RuntimeError(f"the forward of layer {name} is replaced already: two protections cannot nest")
+                at.setdefault(module, []).append(project)
+    before = {module: vars(module).get("forward") for module in at}
+    for module, projects in at.items():
+        module.forward = _HostForward(module, projects, protection)
     try:
         yield protection
     finally:
-        for project in busy.values():
-            del project.layer.module.forward
+        for module, forward in before.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+class Watch:
+    """Looks at a model's first forward pass with gradients for what would undo the protection.
+
+    Args:
+        model: whose forward.
+        protection: what is going on.
+        say: called after that pass with what was found, a phrase each: weights used in a way that no projector covers,
+            and buffers that moved.
+    """
+
+    def __init__(self, model: nn.Module, protection: Protection, say: Callable[[list[str]], None]) -> None:
+        self.model, self.protection, self.say = model, protection, say
+        self.found: dict[str, None] = {}
+        self.uses: Uses | None = None
+        self.is_over = False
+
+    def begin(self) -> None:
+        """The model's forward begins."""
+        if self.uses is None and torch.is_grad_enabled() and self.protection.is_on:
+            self.buffers = self._buffers()
+            layers = [project.layer for project in self.protection.projectors.values()]
+            self.uses = Uses(layers, self._applied, self._used)
+            self.uses.__enter__()
+
+    def end(self) -> None:
+        """It is over."""
+        if self.uses is None or self.is_over:
+            return
+        self.is_over = True
+        self.uses.__exit__(None, None, None)
+        for name, state in self._buffers().items():
+            owner = self.model.get_submodule(name.rpartition(".")[0])
+            if self.buffers.get(name) != state and not hasattr(owner, "track_running_stats"):  # of those another warns
+                self.found[f"buffer {name} moves in training"] = None
+        if self.found:
+            self.say(list(self.found))
+
+    def _buffers(self) -> dict[str, tuple[int, int]]:
+        return {name: (id(buffer), buffer._version) for name, buffer in self.model.named_buffers()}
+
+    def _used(self, layer: Layer, function: str) -> None:
+        self.found[f"the weight of {layer.name or 'the model'} is also used by {function}"] = None
+
+    def _applied(self, layer: Layer, _function: Callable[..., Any], _arguments: Mapping[str, Any]) -> None:
+        project = self.protection.projectors[layer.name]
+        if not project.is_idle and any(p is not None and p.requires_grad for p in layer.parameters):
+            # Where its application was seen before, substitutes are in its parameters' places.
+            self.found[f"{layer.name or 'the model'} is applied where update() has not seen it applied"] = None
+
+
+class _Hook:
+    """A forward hook that calls something; with a copied or pickled module it is one that does nothing."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def __call__(self, *_: Any) -> None:
+        self.call()
+
+    def __reduce__(self):
+        return _Hook, (_nothing,)
+
+
+def _nothing() -> None:
+    pass
+
+
+@contextmanager
+def watching(model: nn.Module, protection: Protection, say: Callable[[list[str]], None]) -> Iterator[None]:
+    """Within this context a `Watch` looks at the model's first forward pass."""
+    watch = Watch(model, protection, say)
+    begin = model.register_forward_pre_hook(_Hook(watch.begin))
+    end = model.register_forward_hook(_Hook(watch.end), always_call=True)
+    try:
+        yield
+    finally:
+        begin.remove()
+        end.remove()

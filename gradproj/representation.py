@@ -1,9 +1,10 @@
-"""A model's layer inputs as representation matrices, read by hooks (paper Sec. 4)."""
+"""What layers see while batches run: representation matrices of columns, or the rows of a table (paper Sec. 4)."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,9 +12,13 @@ from torch import Tensor, nn
 
 from gradproj.errors import InputError
 from gradproj.layers import Layer
+from gradproj.layers.base import BLOCK_ENTRIES
+from gradproj.layers.embedding import EmbeddingLayer
+from gradproj.layers.uses import Uses, plain_paths
 
-# Entries of one block of columns: blocks bound the memory that unfolding takes, 128 MiB in float64.
-BLOCK_ENTRIES = 2**24
+Mask = Callable[[Any], Tensor] | str
+STRIP = 512  # rows of R Rᵀ that are made at once in float32
+FAST_SIZE = 512  # inputs from which a layer's products are worth halving
 
 
 class Representation:
@@ -21,13 +26,18 @@ class Representation:
 
     Either form decides the subspace exactly, and none takes more than d² entries, however many columns are added.
 
+    Args:
+        d: inputs of the layer.
+        product_dtype: of the products that R Rᵀ is summed from; in float32 they take half the time and cost 1e-7 of it.
+        keep_columns: hold all columns as they are, for what R Rᵀ does not say.
+
     Attributes:
         columns: R, in the dtype it came in, while n < d; then None.
         gram: R Rᵀ from then on; None before.
     """
 
-    def __init__(self, d: int) -> None:
-        self.d, self.n = d, 0
+    def __init__(self, d: int, product_dtype: torch.dtype = torch.float64, keep_columns: bool = False) -> None:
+        self.d, self.n, self.product_dtype, self.keep_columns = d, 0, product_dtype, keep_columns
         self.columns: Tensor | None = None
         self.gram: Tensor | None = None
 
@@ -36,28 +46,226 @@ class Representation:
         """Whether all columns added so far are."""
         return bool((self.columns if self.gram is None else self.gram).isfinite().all())
 
+    @property
+    def energy(self) -> float:
+        """‖R‖²."""
+        return float(self.columns.double().square().sum() if self.gram is None else self.gram.trace())
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return (self.columns if self.gram is None else self.gram).device
+
     def add(self, columns: Tensor) -> Representation:
         """Append columns (d, m); returns itself."""
         self.n += columns.shape[1]
-        if self.gram is None and self.n < self.d:
+        if self.keep_columns or (self.gram is None and self.n < self.d):
             # A copy also of the first ones: they may be a view of an activation that the model changes in place.
             self.columns = columns.clone() if self.columns is None else torch.cat([self.columns, columns], dim=1)
             return self
         for block in (self.columns, *columns.split(max(1, BLOCK_ENTRIES // self.d), dim=1)):
             if block is not None:
-                block = block.double()
-                self.gram = block @ block.T if self.gram is None else self.gram.addmm_(block, block.T)
+                self._add_products(block)
         self.columns = None
         return self
 
+    @property
+    def outer(self) -> Tensor:
+        """R Rᵀ (d, d) float64, whichever form is kept."""
+        if self.gram is not None:
+            return self.gram
+        columns = self.columns.double()
+        return columns @ columns.T
 
-@torch.no_grad()
+    def energies(self, directions: Tensor) -> Tensor:
+        """‖mᵀ R‖² (k,) float64, for each column m of `directions` (d, k): the energy of the inputs along it."""
+        if self.gram is None:
+            return (directions.T @ self.columns.double()).square().sum(1)
+        return (directions * (self.gram @ directions)).sum(0).clamp(min=0)
+
+    def _add_products(self, block: Tensor) -> None:
+        block = block.to(self.product_dtype)
+        if self.product_dtype == torch.float64:
+            self.gram = block @ block.T if self.gram is None else self.gram.addmm_(block, block.T)
+            return
+        if self.gram is None:
+            self.gram = torch.zeros(self.d, self.d, dtype=torch.float64, device=block.device)
+        for start in range(0, self.d, STRIP):  # a matrix product knows nothing of symmetry: make one half of it
+            strip = (block[start : start + STRIP] @ block[start:].T).double()
+            self.gram[start : start + STRIP, start:] += strip
+            self.gram[start + STRIP :, start : start + STRIP] += strip[:, STRIP:].T
+
+
+class SeenRows:
+    """The rows of a table that were looked up.
+
+    Args:
+        d: rows of the table.
+
+    Attributes:
+        n: indices added so far.
+        seen: (d,) whether a row was looked up.
+    """
+
+    def __init__(self, d: int) -> None:
+        self.d, self.n = d, 0
+        self.seen = torch.zeros(d, dtype=torch.bool)
+        self.is_finite = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.seen.device
+
+    def add(self, indices: Tensor) -> SeenRows:
+        """Note indices (m,); returns itself."""
+        self.n += len(indices)
+        self.seen = self.seen.to(indices.device)
+        self.seen[indices] = True
+        return self
+
+
+@dataclass
+class Source:
+    """What one or more layers see: those that are given the same input share it.
+
+    Attributes:
+        parts: by position among a layer's keys.
+        members: names of the layers.
+    """
+
+    parts: list[Representation | SeenRows]
+    members: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Recent:
+    """An input of the forward pass that is going on, and who has taken its columns."""
+
+    inputs: weakref.ref[Tensor]
+    version: int
+    source: Source
+    takers: set[str]
+
+
+class Gatherer:
+    """Collects what layers see.
+
+    Args:
+        layers: by name.
+        samples: by layer name, how many samples of each batch count, the first ones; all where unnamed.
+        rows: at most so many columns of each input, drawn at random; None for all.
+        fast: sum products of layers of at least `FAST_SIZE` inputs in float32.
+        count_only: do not keep what is seen, only who shares what, and how much there is.
+        keep_columns: as for Representation.
+
+    Attributes:
+        sources: by layer name.
+        hosts: by layer name, the modules whose forward applies its weight.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        samples: Mapping[str, int] | None = None,
+        rows: int | None = None,
+        fast: bool = False,
+        count_only: bool = False,
+        keep_columns: bool = False,
+    ) -> None:
+        self.layers, self.samples, self.rows, self.fast = layers, samples or {}, rows, fast
+        self.count_only, self.keep_columns = count_only, keep_columns
+        self.sources: dict[str, Source] = {}
+        self.hosts: dict[str, list[nn.Module]] = {}
+        self.columns: dict[str, int] = dict.fromkeys((key for layer in layers.values() for key in layer.keys), 0)
+        self.random = torch.Generator().manual_seed(0)
+        self.mask: Tensor | None = None  # of the batch at hand
+        self._recent: dict[tuple, Recent] = {}
+
+    @torch.no_grad()
+    def run(self, forward: Callable[[Any], Any], batch: Any, mask: Tensor | None = None) -> Any:
+        """Run one batch; returns what `forward` does."""
+        self.mask, self._recent = mask, {}
+        with plain_paths(), Uses(self.layers.values(), self._see) as self._uses:
+            return forward(batch)
+
+    def _see(self, layer: Layer, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+        if self._uses.running:
+            hosts = self.hosts.setdefault(layer.name, [])
+            if self._uses.running[-1] not in hosts:
+                hosts.append(self._uses.running[-1])
+        for inputs in layer.inputs(function, arguments):
+            self._take(layer, inputs, function, arguments)
+
+    def _take(self, layer: Layer, inputs: Tensor, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+        """Add an input to what a layer sees, unless a layer that shares its source has added it already."""
+        count = self.samples.get(layer.name)
+        key = (id(inputs), count, layer.signature(arguments))
+        recent = self._recent.get(key)
+        if recent is not None and (recent.inputs() is not inputs or recent.version != inputs._version):
+            recent = None
+        source = self.sources.get(layer.name)
+        if source is None:
+            source = recent.source if recent is not None else Source(self._parts(layer))
+            source.members.append(layer.name)
+            self.sources[layer.name] = source
+        shared = recent is not None and recent.source is source and layer.name not in recent.takers
+        if shared:
+            recent.takers.add(layer.name)
+        else:
+            self._recent[key] = Recent(weakref.ref(inputs), inputs._version, source, {layer.name})
+        chosen = self._chosen(inputs[:count], layer)
+        if not chosen.numel():
+            return
+        n_blocks = -(-len(chosen) // layer.block_length(chosen)) if self.rows is not None else 1
+        most = None if self.rows is None else -(-self.rows // n_blocks)
+        for block in layer.seen(chosen, function, arguments):
+            for name, part in zip(layer.keys, source.parts, strict=True):
+                if name in block:
+                    self.columns[name] += block[name].shape[-1]
+                    if isinstance(part, SeenRows) and not shared:
+                        part.add(block[name])
+                    elif not shared and not self.count_only:
+                        part.add(self._drawn(block[name], most))
+
+    def _parts(self, layer: Layer) -> list[Representation | SeenRows]:
+        rows = {layer.name} if isinstance(layer, EmbeddingLayer) else set()
+        return [
+            SeenRows(d) if key in rows else Representation(d, self._product_dtype(d), self.keep_columns)
+            for key, d in layer.sizes.items()
+        ]
+
+    def _product_dtype(self, d: int) -> torch.dtype:
+        return torch.float32 if self.fast and d >= FAST_SIZE else torch.float64
+
+    def _chosen(self, inputs: Tensor, layer: Layer) -> Tensor:
+        """The part of an input that a mask of samples and positions leaves."""
+        if self.mask is None:
+            return inputs
+        axes = layer.position_axes(inputs)
+        for mask in (self.mask, self.mask.T) if self.mask.ndim == 2 else (self.mask,):
+            mask = mask[: len(inputs)].to(inputs.device)
+            if mask.ndim <= axes and inputs.shape[: mask.ndim] == mask.shape:
+                return inputs[mask]
+            if axes == 1 and len(inputs) == mask.numel():  # samples and positions as one axis
+                return inputs[mask.flatten()]
+        return inputs
+
+    def _drawn(self, columns: Tensor, most: int | None) -> Tensor:
+        """At most so many of some columns, at random."""
+        if most is None or columns.shape[1] <= most:
+            return columns
+        chosen = torch.randperm(columns.shape[1], generator=self.random)[:most]
+        return columns[:, chosen.to(columns.device)]
+
+
 def representations(
     layers: Mapping[str, Layer],
     forward: Callable[[Any], Any],
     batches: Iterable[Any],
     samples: Mapping[str, int] | None = None,
-) -> dict[str, Representation]:
+    keep_columns: bool = False,
+) -> dict[str, Representation | SeenRows]:
     """Run batches through a model and gather the inputs of its layers.
 
     Args:
@@ -65,40 +273,36 @@ def representations(
         forward: called once with each batch.
         batches: what `forward` takes.
         samples: by layer name, how many samples of each batch become columns, the first ones; all where unnamed.
+        keep_columns: as for Representation.
     Returns:
-        one Representation for each key of each layer.
+        one Representation for each key of each layer; layers that see the same share one.
     Raises:
-        InputError: a layer did not run.
+        InputError: layers did not run.
     """
-    samples = samples or {}
-    gathered = {key: Representation(layer.input_size) for layer in layers.values() for key in layer.keys}
+    gatherer = Gatherer(layers, samples, keep_columns=keep_columns)
+    n_batches = 0
+    for batch in batches:
+        gatherer.run(forward, batch)
+        n_batches += 1
+    return finished(gatherer, n_batches)
 
-    def listen(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Any]], None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            inputs = (args[0] if args else kwargs["input"])[: samples.get(layer.name)]
-            if not len(inputs):
-                return
-            # A few images at a time, since a patch repeats its pixels up to kernel-size times.
-            entries = layer.input_size * layer.positions(inputs)
-            for block in inputs.split(max(1, BLOCK_ENTRIES // entries)):
-                for key, columns in zip(layer.keys, layer.columns(block), strict=True):
-                    gathered[key].add(columns)
 
-        return hook
+def finished(gatherer: Gatherer, n_batches: int) -> dict[str, Representation | SeenRows]:
+    """What was gathered, by key.
 
-    with ExitStack() as hooks:
-        for layer in layers.values():
-            hooks.enter_context(layer.module.register_forward_pre_hook(listen(layer), with_kwargs=True))
-        n_batches = 0
-        for batch in batches:
-            forward(batch)
-            n_batches += 1
+    Raises:
+        InputError: there were no batches, or layers did not run.
+    """
     if not n_batches:
         raise InputError("there are no batches to read representations from; give at least one")
-    for key, representation in gathered.items():
-        if representation.n == 0:
-            raise InputError(
-                f"layer {key} did not run in the forward pass, so its inputs are unknown: exclude it, or give images; "
-                "of a compiled model run the original"
-            )
-    return gathered
+    silent = [name for name, layer in gatherer.layers.items() if not any(gatherer.columns[key] for key in layer.keys)]
+    if silent:
+        raise InputError(
+            f"layer{'s' if len(silent) > 1 else ''} {', '.join(silent)} did not run in the forward pass, so what "
+            f"{'they see' if len(silent) > 1 else 'it sees'} is unknown: exclude what does not run, or give images"
+        )
+    return {
+        key: part
+        for name, layer in gatherer.layers.items()
+        for key, part in zip(layer.keys, gatherer.sources[name].parts, strict=True)
+    }

@@ -11,15 +11,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gradproj.leading import leading_directions, refined
 from gradproj.representation import Representation
 
 RankRule = Literal["paper", "released"]
 
 EPS = torch.finfo(torch.float64).eps
+# Up to this ε single precision decides ranks as well as double does; from this size on a full decomposition is slow.
+FAST_THRESHOLD, LARGE = 0.9999, 2048
 
 
 def extend_basis(
-    basis: Tensor, representation: Tensor | Representation, threshold: float, rank_rule: RankRule = "paper"
+    basis: Tensor,
+    representation: Tensor | Representation,
+    threshold: float,
+    rank_rule: RankRule = "paper",
+    *,
+    fast: bool = False,
+    max_columns: int | None = None,
 ) -> Tensor:
     """Append the directions that a task needs to one layer's basis (paper Eqs. 5, 8 and 9).
 
@@ -31,6 +40,9 @@ def extend_basis(
         representation: (d, n), one sample or patch a column, any floating dtype; or gathered bit by bit.
         threshold: ε, the fraction of the squared Frobenius norm to hold, in (0, 1].
         rank_rule: "released" appends one direction fewer, as the released code does on the first task.
+        fast: decompose large matrices in single precision, as far as ε needs; that holds either way, with perhaps a
+            direction more than the fewest.
+        max_columns: keep no more directions in all, the leading ones; ε is then perhaps not reached.
     Returns:
         (d, k + r) float64, r >= 0, orthonormal; its first k columns are `basis`.
     Raises:
@@ -45,51 +57,81 @@ def extend_basis(
         raise ValueError(f"threshold is {threshold}; it must be in (0, 1]")
     if not representation.is_finite:
         raise ValueError("the representation has infinite or NaN values: the network has diverged")
-    basis = basis.double()
-    if basis.shape[1] == d:
+    basis = basis.to(representation.device).double()
+    room = d - basis.shape[1] if max_columns is None else max(0, max_columns - basis.shape[1])
+    energy = representation.energy
+    if room == 0 or energy == 0:
         return basis
-    if representation.gram is None:
-        return _extend_by_columns(basis, representation.columns, threshold, rank_rule)
-    return _extend_by_gram(basis, representation.gram, threshold, rank_rule)
+    fast = fast and threshold <= FAST_THRESHOLD and rank_rule == "paper"
+    if representation.gram is not None:
+        new = (_by_large_gram if fast and d >= LARGE else _by_gram)(basis, representation.gram, threshold, rank_rule)
+    else:
+        columns, large = representation.columns, representation.n >= LARGE // 8
+        new = (_by_large_columns if fast and large else _by_columns)(basis, columns, threshold, rank_rule)
+    return torch.cat([basis, new[:, :room]], dim=1)
 
 
-def _extend_by_columns(basis: Tensor, representation: Tensor, threshold: float, rank_rule: RankRule) -> Tensor:
-    """From R (d, n) with n < d: a thin SVD of the residual within its numerical rank."""
-    # Energy below the rounding of the representation's own dtype is noise, not a direction.
-    noise = len(basis) * torch.finfo(representation.dtype).eps ** 2
+def held_energy(basis: Tensor, representation: Representation) -> float:
+    """‖Mᵀ R‖² / ‖R‖², the share of a representation's energy that a basis (d, k) holds; 1 where there is none."""
+    if representation.energy == 0:
+        return 1.0
+    basis = basis.to(representation.device)
+    if representation.gram is not None:
+        return float(((representation.gram @ basis) * basis).sum() / representation.energy)
+    return float((basis.T @ representation.columns.double()).square().sum() / representation.energy)
+
+
+def _by_columns(basis: Tensor, representation: Tensor, threshold: float, rank_rule: RankRule) -> Tensor:
+    """New directions from R (d, n) with n < d: a thin SVD of the residual within its numerical rank."""
+    # Energy below the rounding of the layer's products is noise, not a direction. Columns in half precision are exact
+    # in these: what they were rounded from is no business of the layer.
+    eps = min(torch.finfo(representation.dtype).eps, torch.finfo(torch.float32).eps)
+    noise = len(basis) * eps**2
     columns = representation.double()
     total = columns.square().sum()
-    if total == 0:
-        return basis
     residual = _remove(basis, _remove(basis, columns))  # twice: once leaves rounding of M's size behind
     directions, singular_values, _ = torch.linalg.svd(residual, full_matrices=False)  # (d, n), (n,)
     energies = singular_values.square()
     rank = int((energies > noise * total).sum())
     r = count_directions(energies[:rank], total - energies.sum(), threshold, rank_rule)
     # A weak direction of the residual is orthogonal to M only relative to its length: make it so to rounding.
-    new = torch.linalg.qr(_remove(basis, directions[:, :r])).Q
-    return torch.cat([basis, new], dim=1)
+    return torch.linalg.qr(_remove(basis, directions[:, :r])).Q
 
 
-def _extend_by_gram(basis: Tensor, gram: Tensor, threshold: float, rank_rule: RankRule) -> Tensor:
-    """From C = R Rᵀ (d, d) float64.
+def _by_gram(basis: Tensor, gram: Tensor, threshold: float, rank_rule: RankRule) -> Tensor:
+    """New directions from C = R Rᵀ (d, d) float64.
 
     The eigenvectors of Nᵀ C N are the new directions inside the complement of the basis, so N V is orthonormal and
     orthogonal to M by construction, also where R̂ has no energy.
     """
-    d, total = len(gram), gram.trace()
-    if total == 0:
-        return basis
+    total = gram.trace()
     # (d, d - k); while M is empty all of R is inside, and three d x d products are spared.
     complement = orthogonal_complement(basis) if basis.shape[1] else None
     inside = gram if complement is None else complement.T @ gram @ complement
     energies, directions = torch.linalg.eigh((inside + inside.T) / 2)
     energies, directions = energies.flip(0).clamp(min=0), directions.flip(1)  # by decreasing energy
     # A Gram matrix squares the condition: below d · eps of the whole there is only rounding, which ε = 1 would keep.
-    rank = int((energies > d * EPS * total).sum())
+    rank = int((energies > len(gram) * EPS * total).sum())
     r = count_directions(energies[:rank], total - energies.sum(), threshold, rank_rule)
-    new = directions[:, :r] if complement is None else complement @ directions[:, :r]
-    return torch.cat([basis, new], dim=1)
+    return directions[:, :r] if complement is None else complement @ directions[:, :r]
+
+
+def _by_large_gram(basis: Tensor, gram: Tensor, threshold: float, _rank_rule: RankRule) -> Tensor:
+    """New directions from C = R Rᵀ, without those that ε does not need."""
+    missing = float(threshold * gram.trace() - ((gram @ basis) * basis).sum())
+    return leading_directions(gram, basis, missing) if missing > 0 else basis[:, :0]
+
+
+def _by_large_columns(basis: Tensor, representation: Tensor, threshold: float, _rank_rule: RankRule) -> Tensor:
+    """New directions from R (d, n) with n < d, by way of R̂ᵀ R̂ (n, n): R̂ v for each of its leading eigenvectors v."""
+    residual = _remove(basis.float(), representation.float())
+    total = representation.double().square().sum()
+    gram = (residual.T @ residual).double()
+    missing = float(gram.trace() - (1 - threshold) * total)
+    if missing <= 0:
+        return basis[:, :0]
+    vectors = leading_directions(gram, gram.new_empty(len(gram), 0), missing)
+    return refined(basis, (residual @ vectors.float()).double())
 
 
 def count_directions(energies: Tensor, captured: Tensor | float, threshold: float, rank_rule: RankRule) -> int:

@@ -2,72 +2,203 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+# Entries of one block of columns: blocks bound the memory that unfolding takes, 128 MiB in float64.
+BLOCK_ENTRIES = 2**24
 
-@dataclass(frozen=True)
+
+class Call(NamedTuple):
+    """A torch function that applies a weight: the names of its arguments, and which are weight and bias."""
+
+    arguments: tuple[str, ...]
+    weight: str = "weight"
+    bias: str = "bias"
+
+
 class Layer:
-    """A layer whose weights can be protected: its output is [W, b] times the columns of its input.
+    """A weight, perhaps with its bias, that can be protected: the output is [W, b] times the columns of the input.
 
-    A layer in groups is as many layers side by side, so it has one subspace for each group. A bias sees the constant 1
-    as one more input.
+    A layer in groups is as many layers side by side, so it has one subspace for each group. A trained bias sees the
+    constant 1 as one more input. Where only one of weight and bias is trained, only that one is meant.
+
+    Args:
+        name: of the module.
+        module: which has the parameters.
+
+    Attributes:
+        kind: what it is called in tables.
+        modules: the module classes of this kind.
+        functions: the torch functions by which a forward may apply its weight.
+        weight_name, bias_name: of its parameters in the module.
+        trained: whether weight and bias were trained when the layer was found.
     """
 
-    name: str
-    module: nn.Module
+    kind: ClassVar[str]
+    modules: ClassVar[tuple[type[nn.Module], ...]]
+    functions: ClassVar[Mapping[Callable[..., Any], Call]]
+    weight_name: ClassVar[str] = "weight"
+    bias_name: ClassVar[str] = "bias"
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        weight, bias = self.all_parameters
+        self.trained = (weight.requires_grad, bias is not None and bias.requires_grad)
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether a module is of this kind."""
+        return isinstance(module, cls.modules)
+
+    @property
+    def owners(self) -> tuple[tuple[nn.Module, str], ...]:
+        """Where a forward looks its parameters up: modules, with the parameter's name there."""
+        return (self.module, self.weight_name), (self.module, self.bias_name)
+
+    @property
+    def all_parameters(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """Weight and bias, trained or not; as they are now, whatever has been done to the module."""
+        return getattr(self.module, self.weight_name), getattr(self.module, self.bias_name, None)
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+        """Weight and bias as far as they are trained."""
+        return tuple(p if trained else None for p, trained in zip(self.all_parameters, self.trained, strict=True))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return self.all_parameters[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its parameters."""
+        return self.all_parameters[0].dtype
 
     @property
     def groups(self) -> int:
         return 1
 
     @property
+    def weight_size(self) -> int:
+        """Inputs that one output unit sees through the weight."""
+        return self.all_parameters[0][0].numel()
+
+    @property
     def input_size(self) -> int:
         """d: inputs that one output unit sees, a bias's constant 1 included."""
-        return self.module.weight[0].numel() + (self.module.bias is not None)
+        return self.trained[0] * self.weight_size + self.trained[1]
 
     @property
     def keys(self) -> list[str]:
         """The names of the layer's subspaces: its own, or one for each group."""
         return [self.name] if self.groups == 1 else [f"{self.name}[{g}]" for g in range(self.groups)]
 
-    @property
-    def parameters(self) -> tuple[nn.Parameter, nn.Parameter | None]:
-        """Weight and bias."""
-        return self.module.weight, self.module.bias
+    def weight_rows(self, weight: Tensor) -> Tensor:
+        """A tensor of the weight's shape as rows (o, inputs), group after group."""
+        return weight.flatten(1)
 
-    def rows(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Tensors of the shapes of weight and bias as one matrix [W, b] (o, d), group after group."""
-        rows = weight.flatten(1)
-        return rows if bias is None else torch.cat([rows, bias[:, None]], dim=1)
+    def weight_from_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of `weight_rows`."""
+        return rows.reshape(self.all_parameters[0].shape)
 
-    def from_rows(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def rows(self, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Tensors of the shapes of what is trained of weight and bias as one matrix [W, b] (o, d)."""
+        parts = [] if weight is None else [self.weight_rows(weight)]
+        parts += [] if bias is None else [bias[:, None]]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def from_rows(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The inverse of `rows`."""
-        weight, bias = self.parameters
-        if bias is None:
-            return rows.view_as(weight), None
-        return rows[:, :-1].reshape(weight.shape), rows[:, -1]
+        has_weight, has_bias = self.trained
+        weight = self.weight_from_rows(rows[:, : rows.shape[1] - has_bias]) if has_weight else None
+        return weight, rows[:, -1] if has_bias else None
 
-    def columns(self, inputs: Tensor) -> list[Tensor]:
-        """The columns of the representation matrix that some inputs add: one (d, n) tensor a group.
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By key, the most columns that its subspace can have."""
+        return dict.fromkeys(self.keys, self.input_size)
+
+    def empty_basis(self, key: str) -> Tensor:
+        """A subspace of which nothing is known yet: no columns (d, 0)."""
+        return torch.zeros(self.sizes[key], 0, dtype=torch.float64)
+
+    def inputs(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Sequence[Tensor]:
+        """The inputs that its weight is applied to in a call of one of `functions`.
 
         Args:
-            inputs: what the layer's forward receives, batch first.
+            function: what was called.
+            arguments: by name.
         """
-        columns = self.weight_columns(inputs)
-        if self.module.bias is not None:
-            columns = [torch.cat([c, c.new_ones(1, c.shape[1])]) for c in columns]
-        return columns
+        return [arguments["input"]]
 
-    def weight_columns(self, inputs: Tensor) -> list[Tensor]:
-        """`columns` without the constant 1 of a bias."""
+    def signature(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What else than the input decides the columns: layers of one signature share them."""
+        return (type(self), self.weight_size, *self.trained)
+
+    def seen(
+        self, inputs: Tensor, function: Callable[..., Any], arguments: Mapping[str, Any]
+    ) -> Iterator[dict[str, Tensor]]:
+        """What an input adds to each subspace, by key, a few samples at a time: columns (d, n).
+
+        Args:
+            inputs: samples along the first axis, or one sample without it.
+            function, arguments: of the call.
+        """
+        for columns in self.blocks(inputs, arguments):
+            yield dict(zip(self.keys, columns, strict=True))
+
+    def blocks(self, inputs: Tensor, arguments: Mapping[str, Any]) -> Iterator[list[Tensor]]:
+        """The columns (d, n) that an input gives, one for each group, a few samples at a time."""
+        for block in self.batched(inputs).split(self.block_length(inputs)):
+            columns = self.weight_columns(block, arguments)
+            if not self.trained[0]:
+                columns = [c[:0] for c in columns]
+            yield [torch.cat([c, c.new_ones(1, c.shape[1])]) if self.trained[1] else c for c in columns]
+
+    def block_length(self, inputs: Tensor) -> int:
+        """How many samples of an input make one block: a patch repeats its pixels up to kernel-size times."""
+        return max(1, BLOCK_ENTRIES // (self.input_size * max(1, self.positions(self.batched(inputs)))))
+
+    def position_axes(self, inputs: Tensor) -> int:
+        """The leading axes of an input that number samples and positions in them."""
+        return inputs.ndim - 1
+
+    def columns(self, inputs: Tensor) -> list[Tensor]:
+        """The columns of the representation matrix that an input of the module gives: one (d, n) tensor a group."""
+        blocks = self.blocks(*self.module_call(inputs))
+        return [torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True)]
+
+    def module_call(self, inputs: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
+        """The input and the arguments with which the module calls its function."""
+        return inputs, {}
+
+    def weight_columns(self, inputs: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
+        """The columns of an input without the constant 1 of a bias: one tensor a group."""
         raise NotImplementedError
+
+    def batched(self, inputs: Tensor) -> Tensor:
+        """An input with the axis of samples, also if it came without."""
+        return inputs if inputs.ndim > 1 else inputs[None]
 
     def positions(self, inputs: Tensor) -> int:
-        """At most how many columns one sample of some inputs gives."""
+        """At most how many columns one sample of an input gives."""
         raise NotImplementedError
+
+    def inside(self, key: str, basis: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """How much of a change of the parameters lies in a subspace: the lengths of that part and of the whole.
+
+        Args:
+            key: of the subspace.
+            basis: of it.
+            weight, bias: the change of each, as far as it is trained.
+        """
+        part = self.rows(weight, bias).chunk(self.groups)[self.keys.index(key)]  # (o / groups, d)
+        return (part @ basis.to(part)).norm(), part.norm()
 
     def apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's own forward with other parameters."""

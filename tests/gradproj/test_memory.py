@@ -114,7 +114,7 @@ class TestUpdate:
         assert memory.full_layers == ["conv"]
 
     def test_nothing_to_protect(self):
-        with pytest.raises(InputError, match="Sequential has no Linear or convolution layer to protect"):
+        with pytest.raises(InputError, match="Sequential has no trained layer that can be protected"):
             GradientProjectionMemory(nn.Sequential(nn.ReLU()))
 
 

@@ -1,0 +1,116 @@
+"""Batches of any kind: tensors, tuples, dicts, loaders; moved to the model, masked, handed to its forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradproj.errors import InputError
+
+Forward = Callable[[Any], Any]
+
+
+def as_batches(batches: Any) -> Iterable[Any]:
+    """Some batches, or the one batch that a tensor or a dict is, as an iterable of them.
+
+    Raises:
+        InputError: they are neither.
+    """
+    if isinstance(batches, (Tensor, Mapping)):
+        return [batches]
+    if isinstance(batches, str) or hasattr(batches, "__array__") or not isinstance(batches, Iterable):
+        raise InputError(
+            f"batches is of type {type(batches).__name__}; give batches in a list or a DataLoader, or a tensor"
+        )
+    return batches
+
+
+def runner(forward: Forward, model: nn.Module) -> Forward:
+    """A function that runs one batch: on the model's device, with one line for a batch that does not fit.
+
+    Args:
+        forward: takes a batch; or a module, which is called with what of a batch it takes: the entries of a dict by
+            name, of a tuple as many as it needs (so that labels beside the inputs are left out).
+        model: whose device is meant.
+    """
+    call = (lambda batch: call_module(forward, batch)) if isinstance(forward, nn.Module) else forward
+    devices = {p.device for p in (*model.parameters(), *model.buffers())}
+    device = devices.pop() if len(devices) == 1 else None
+
+    def run(batch: Any) -> Any:
+        batch = batch if device is None else moved(batch, device)
+        try:
+            return call(batch)
+        except (AttributeError, TypeError) as error:
+            if isinstance(batch, Tensor):
+                raise
+            reason = " ".join(str(error).split())[:150]
+            raise InputError(
+                f"forward cannot take a batch of type {type(batch).__name__} ({reason}); give a function that runs the "
+                "model on one"
+            ) from error
+
+    return run
+
+
+def call_module(module: nn.Module, batch: Any) -> Any:
+    """Call a module with what of a batch it takes."""
+    if isinstance(batch, Mapping):
+        return module(**batch)
+    if not isinstance(batch, (list, tuple)):
+        return module(batch)
+    inner = module
+    while isinstance(getattr(inner, "module", None), nn.Module) and not isinstance(inner, nn.Sequential):
+        inner = inner.module  # inside DistributedDataParallel and its like
+    parameters = inspect.signature(inner.forward).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return module(*batch[: max(1, len(needed))])
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(moved(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(moved(value, device) for value in batch)
+    return batch
+
+
+def masks(mask: Callable[[Any], Tensor] | str | None, batch: Any) -> Tensor | None:
+    """Which samples, or positions of them, of a batch count.
+
+    Raises:
+        InputError: the mask gives something else.
+    """
+    if mask is None:
+        return None
+    try:
+        found = batch[mask] if isinstance(mask, str) else mask(batch)
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(
+            f"mask {mask!r} cannot be read from a batch of type {type(batch).__name__}: {error}"
+        ) from error
+    if not isinstance(found, Tensor) or found.ndim not in (1, 2):
+        raise InputError("mask must give a tensor of shape (batch,) or (batch, positions)")
+    return found.bool()
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within this context a model is in eval mode; afterwards each module is in the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

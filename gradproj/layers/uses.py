@@ -1,0 +1,136 @@
+"""Every application of layers' weights while a model runs, seen where torch's functions are called.
+
+A layer's weight may be applied by its own module, by its parent (attention), or by a forward of the user's own after
+padding, casting or rescaling. What counts is the call: F.linear(x, W, b) means that W sees x, whoever calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from gradproj.layers.base import Layer
+
+# What gives the same numbers, perhaps in another precision or place.
+SAME_NUMBERS = {
+    *(Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.type, Tensor.type_as),
+    *(Tensor.contiguous, Tensor.cpu, Tensor.cuda),
+}
+OnUse = Callable[[Layer, Callable[..., Any], Mapping[str, Any]], None]
+OnOther = Callable[[Layer, str], None]
+
+
+class Uses(TorchFunctionMode):
+    """A mode in which layers' weights are watched.
+
+    Args:
+        layers: whose weights.
+        on_use: called before each application that is understood, with layer, function and arguments by name.
+        on_other: called with layer and function name after each other call that makes something trainable of a weight.
+
+    Attributes:
+        running: the modules whose forward is being executed, innermost last.
+    """
+
+    def __init__(self, layers: Iterable[Layer], on_use: OnUse, on_other: OnOther | None = None) -> None:
+        super().__init__()
+        self.on_use, self.on_other = on_use, on_other
+        self.running: list[nn.Module] = []
+        self.owners: dict[int, list[Layer]] = {}  # by id of a weight or bias, or of a copy of one
+        self.alike: dict[
+            int, Tensor
+        ] = {}  # of each of these, the weight or bias itself; keeps copies, so ids stay theirs
+        for layer in layers:
+            for parameter in layer.all_parameters:
+                if parameter is not None:
+                    self.owners.setdefault(id(parameter), []).append(layer)
+                    self.alike[id(parameter)] = parameter
+        self.copies: list[Tensor] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        watched = [x for x in _tensors(args, kwargs) if id(x) in self.owners]
+        if not watched:
+            return func(*args, **kwargs)
+        understood = self._understood(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if func in SAME_NUMBERS and isinstance(result, Tensor):
+            self._follow(result, watched[0])
+        elif self.on_other is not None and any(x.requires_grad for x in _tensors((result,), {})):
+            for tensor in watched:
+                if id(self.alike[id(tensor)]) not in understood:
+                    for layer in self.owners[id(tensor)]:
+                        self.on_other(layer, _name(func))
+        return result
+
+    def _understood(self, func: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> set[int]:
+        """Report the applications that a call is; returns the ids of the weights and biases that they explain."""
+        explained: set[int] = set()
+        layers = {id(layer): layer for x in _tensors(args, kwargs) for layer in self.owners.get(id(x), ())}
+        for layer in layers.values():
+            call = layer.functions.get(func)
+            if call is None:
+                continue
+            arguments = {**dict(zip(call.arguments, args, strict=False)), **kwargs}
+            given = [self.alike.get(id(arguments.get(name))) for name in (call.weight, call.bias)]
+            weight, bias = layer.all_parameters
+            if given[0] is weight and (arguments.get(call.bias) is None or given[1] is bias):
+                self.on_use(layer, func, arguments)
+                explained |= {id(weight), id(bias)}
+        return explained
+
+    def _follow(self, copy: Tensor, original: Tensor) -> None:
+        if id(copy) not in self.owners:
+            self.copies.append(copy)
+            self.owners[id(copy)] = self.owners[id(original)]
+            self.alike[id(copy)] = self.alike[id(original)]
+
+    def _left(self) -> None:
+        if self.running:  # a module may have been entered before this mode was
+            self.running.pop()
+
+    def __enter__(self):
+        self._hooks = (
+            register_module_forward_pre_hook(lambda module, _: self.running.append(module)),
+            register_module_forward_hook(lambda *_: self._left(), always_call=True),
+        )
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for hook in self._hooks:
+            hook.remove()
+        return super().__exit__(*error)
+
+
+@contextmanager
+def plain_paths() -> Iterator[None]:
+    """Within this context models run as they do in training: compiled ones as written, attention without fused kernels
+    for inference, which hide their weights and zero padded rows."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _tensors(args: Any, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors among some arguments, also in lists."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value, {})
+
+
+def _name(func: Callable[..., Any]) -> str:
+    """A function's name; of a property's getter, the property's."""
+    name = getattr(func, "__name__", str(func))
+    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
