@@ -169,7 +169,7 @@ def test_the_same_seed_twice_counts_once(tmp_path):
         json.dumps(summary(class_incremental=[["much"]])),
         json.dumps(summary(valid_accuracy=5)),
         json.dumps(summary(hyperparameters=[1])),
-        json.dumps(summary(task_names="digits")),
+        json.dumps(summary(tasks="digits")),
         json.dumps(summary(place="first")),
     ],
 )
