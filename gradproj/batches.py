@@ -69,7 +69,7 @@ def call_module(module: nn.Module, batch: Any) -> Any:
         return module(**batch)
     if not isinstance(batch, (list, tuple)):
         return module(batch)
-    inner = module
+    inner: Any = module
     while isinstance(getattr(inner, "module", None), nn.Module) and not isinstance(inner, nn.Sequential):
         inner = inner.module  # inside DistributedDataParallel and its like
     parameters = inspect.signature(inner.forward).parameters.values()

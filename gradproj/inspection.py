@@ -99,7 +99,8 @@ def inspect(
     memory: GradientProjectionMemory, forward: Forward, batch: Any, thresholds: Mapping[str, float], mask: Mask | None
 ) -> Check:
     """Run a batch without learning from it; see `GradientProjectionMemory.check`."""
-    gatherer, leaks = Gatherer(memory.layers), {}
+    gatherer = Gatherer(memory.layers)
+    leaks: dict[str, None] = {}
     run = runner(forward, memory.model)
 
     def other(layer: Layer, function: str) -> None:
@@ -184,7 +185,7 @@ class Verification:
         return still and (self.moved <= self.explained or not all_held)
 
     def __str__(self) -> str:
-        lines = [("layer", "moved", "inside the basis", "of it rounding", "inputs outside")]
+        lines: list[tuple[str, ...]] = [("layer", "moved", "inside the basis", "of it rounding", "inputs outside")]
         for name, m in self.layers.items():
             lines.append((name or "(model)", *(f"{x:.1e}" for x in (m.moved, m.inside, m.explained, m.outside))))
         end = f"outputs moved by {self.moved:.1e} of themselves; rounding explains {self.explained:.1e}"
@@ -279,6 +280,7 @@ def _movement(
         for key, columns in block.items():
             basis = memory.bases[key].to(columns.device)
             if basis.ndim == 1:  # an embedding: rows that were looked up
+                assert parameters[0] is not None and delta[0] is not None and shaken[0] is not None
                 looked_up = torch.isin(columns, basis)
                 moved += delta[0][columns].square().sum().item()
                 inside += delta[0][columns[looked_up]].square().sum().item()
