@@ -165,7 +165,7 @@ class Verification:
 
     Attributes:
         moved: of the model's outputs on the batch, ‖Δy‖ / ‖y‖.
-        explained: what rounding of the weights, once a step, makes of that, about.
+        explained: what rounding of the weights, once a step, and of the outputs makes of that, about.
         layers: by name.
         others: parameters without protection, and buffers, that have moved.
     """
@@ -225,8 +225,10 @@ def verification(
         for name, layer in memory.layers.items()
     }
     found: dict[str, Movement] = {}
+    roundings: list[float] = []  # of one output, by what layers compute in
 
     def use(layer: Layer, function: Any, arguments: Mapping[str, Any]) -> None:
+        roundings.append(torch.finfo(_computed_in(layer)).eps / 2)
         for inputs in layer.inputs(function, arguments):
             seen = layer.seen(inputs, function, arguments)
             movement = _movement(memory, layer, seen, changes[layer.name], noise[layer.name])
@@ -242,7 +244,8 @@ def verification(
                 rounded = list(outputs(run(batch), which))
     length = norm(before) or 1.0
     moved = norm([a - b for a, b in zip(after, before, strict=True)]) / length
-    explained = ROUNDINGS * norm([a - b for a, b in zip(rounded, before, strict=True)]) / length
+    by_weights = norm([a - b for a, b in zip(rounded, before, strict=True)]) / length
+    explained = ROUNDINGS * max(by_weights, *roundings, 0.0)
     covered = {names[id(p)] for layer in memory.layers.values() for p in layer.parameters if p is not None}
     others = [n for n, v in now.items() if n not in covered and not torch.equal(v, reference[n].to(v))]
     others = [n for n in others if not n.endswith("num_batches_tracked")]
@@ -292,6 +295,12 @@ def _movement(
     return Movement(moved**0.5 / scale, inside**0.5 / scale, ROUNDINGS * rounding**0.5 / scale, outside)
 
 
+def _computed_in(layer: Layer) -> torch.dtype:
+    """The dtype of a layer's products at the moment, which under autocast is not that of its weights."""
+    kind = layer.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.dtype
+
+
 def _rows_of(layer: Layer, key: str, parameters: Sequence[Tensor | None]) -> Tensor:
     """[W, b] of the group that a key names."""
     return layer.rows(*parameters).chunk(layer.groups)[layer.keys.index(key) % layer.groups]
@@ -327,10 +336,12 @@ def put(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         for name, tensor in places.items():
             tensor.data.copy_(values[name])
+        torch.clear_autocast_cache()  # of casts of the other values
         yield
     finally:
         for name, tensor in places.items():
             tensor.data.copy_(before[name])
+        torch.clear_autocast_cache()
 
 
 def outputs(result: Any, mask: Tensor | None) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -368,9 +368,9 @@ class GradientProjectionMemory:
         are frozen, since moving them would change every old task (paper Sec. 5).
 
         Args:
-            optimizer: what will train, also inside the wrappers of other libraries. Where its steps are no combination
-                of this task's gradients (Adam, weight decay, momentum from before), its updates are projected as well.
-                Without it, such an optimiser is warned of at its first step.
+            optimizer: what will train, one or a list, also inside other libraries' wrappers. Where its steps are no
+                combination of this task's gradients (Adam, weight decay, momentum from before), its updates are
+                projected as well. Without it, such an optimiser is warned of at its first step.
             freeze_unprotected: also freeze what is trained and not protected, such as other kinds of layers.
             projector: what the gradient of a layer goes through, for methods that project otherwise than orthogonally.
         Yields:
@@ -390,7 +390,8 @@ class GradientProjectionMemory:
                 self._reference = self._what_could_move()
             protection = stack.enter_context(projecting(projectors, self._hosts))
             stack.enter_context(watching(self.model, protection, self._say_leaks))
-            inner = self._projecting_updates(optimizer, projectors, stack)
+            given = optimizer if isinstance(optimizer, (list, tuple)) else () if optimizer is None else [optimizer]
+            inner = [self._projecting_updates(each, projectors, stack) for each in given]
             stack.enter_context(self._watching_optimizers(inner))
             self._protection = protection
             try:
@@ -399,10 +400,8 @@ class GradientProjectionMemory:
                 self._protection = None
 
     def _projecting_updates(
-        self, optimizer: Any | None, projectors: Mapping[str, LayerProjector], stack: ExitStack
-    ) -> torch.optim.Optimizer | None:
-        if optimizer is None:
-            return None
+        self, optimizer: Any, projectors: Mapping[str, LayerProjector], stack: ExitStack
+    ) -> torch.optim.Optimizer:
         inner = unwrapped(optimizer)
         if leaves_gradients(inner, self._protected_parameters()):
             stack.enter_context(projected_updates(inner, projectors))
@@ -416,7 +415,7 @@ class GradientProjectionMemory:
         return [p for name, p in self.model.named_parameters() if name in names]
 
     @contextmanager
-    def _watching_optimizers(self, given: torch.optim.Optimizer | None) -> Iterator[None]:
+    def _watching_optimizers(self, given: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
         busy = [] if not any(self.columns.values()) else self._protected_parameters()
         parameters = {id(p): p for p in busy}
 
@@ -429,7 +428,7 @@ class GradientProjectionMemory:
         def count() -> None:
             self._steps += 1
 
-        known = {id(given)} if given is not None else set()
+        known = {id(optimizer) for optimizer in given}
         with watched_steps(parameters, lambda: known | self._projected, say, count):
             yield
 
