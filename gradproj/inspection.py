@@ -211,7 +211,10 @@ def verification(
     """
     model = memory.model
     run, which = runner(forward, model), masks(mask, batch)
-    now = {name: value.detach().clone() for name, value in current(model).items() if name in reference}
+    there = current(model)
+    grown = [name for name, value in reference.items() if name in there and there[name].shape != value.shape]
+    reference = {name: value for name, value in reference.items() if name not in grown}
+    now = {name: value.detach().clone() for name, value in there.items() if name in reference}
     names = {id(p): name for name, p in model.named_parameters()}
     changes = {
         name: [None if p is None else now[names[id(p)]] - reference[names[id(p)]].to(p) for p in layer.parameters]
@@ -249,7 +252,7 @@ def verification(
     covered = {names[id(p)] for layer in memory.layers.values() for p in layer.parameters if p is not None}
     others = [n for n, v in now.items() if n not in covered and not torch.equal(v, reference[n].to(v))]
     others = [n for n in others if not n.endswith("num_batches_tracked")]
-    return Verification(moved, explained, found, others)
+    return Verification(moved, explained, found, [*others, *grown])
 
 
 def _movement(

@@ -65,7 +65,7 @@ class GradientProjectionPlugin(TaskBoundaries, SupervisedPlugin, supports_distri
     def before_training_exp(self, strategy: SupervisedTemplate, *args: Any, **kwargs: Any) -> None:
         if isinstance(strategy.experience, OnlineCLExperience):
             raise InputError("an online stream's experiences are no tasks to remember; give whole experiences")
-        self.forward = partial(_on_batch, strategy.model)
+        self.forward = partial(_on_batch, strategy.model, hasattr(strategy.experience, "task_labels"))
         self.begin(strategy.model, strategy.optimizer, _loader(strategy))
         train = strategy._train_exp
 
@@ -83,9 +83,9 @@ class GradientProjectionPlugin(TaskBoundaries, SupervisedPlugin, supports_distri
         self.end(_loader(strategy))
 
 
-def _on_batch(model: nn.Module, batch: Any) -> Any:
-    """A model's output for a batch of inputs, labels and tasks."""
-    return avalanche_forward(model, batch[0], batch[-1])
+def _on_batch(model: nn.Module, is_task_aware: bool, batch: Any) -> Any:
+    """A model's output for a batch of inputs, labels and, where there are any, tasks, as strategies run it."""
+    return avalanche_forward(model, batch[0], batch[-1]) if is_task_aware else model(batch[0])
 
 
 def _loader(strategy: SupervisedTemplate) -> DataLoader:
