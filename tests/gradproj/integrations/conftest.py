@@ -4,4 +4,4 @@ import runpy
 
 from tests import ROOT
 
-OPERATORS = runpy.run_path(str(ROOT / "examples" / "torchvision_operators.py"))  # kept, for as long as they are needed
+BEFOREHAND = runpy.run_path(str(ROOT / "examples" / "beforehand.py"))  # kept, for as long as it is needed
