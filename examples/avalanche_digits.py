@@ -48,7 +48,7 @@ def main() -> None:
         plugin = GradientProjectionPlugin(memory, threshold=0.97)
         strategy = Naive(
             model=model,
-            optimizer=torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
             train_mb_size=10,
             train_epochs=n_epochs,
             plugins=[plugin] if name == "protected" else [],

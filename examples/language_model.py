@@ -31,7 +31,8 @@ def network() -> nn.Module:
     sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": LENGTH}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
-    return peft.get_peft_model(model, peft.LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM"))
+    lora = peft.LoraConfig(r=64, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, lora)
 
 
 def learn(model: nn.Module, text: Tensor, n_epochs: int, callbacks: list[transformers.TrainerCallback]) -> None:
@@ -60,8 +61,8 @@ def main() -> None:
     for name in ("naive", "protected"):
         model = network()
         memory = GradientProjectionMemory(model)
-        first = GradientProjectionCallback(memory, threshold=0.95, samples=[{"input_ids": licence}])
-        second = GradientProjectionCallback(memory, threshold=0.95, remember=False)  # there is no third text
+        first = GradientProjectionCallback(memory, threshold=0.99, samples=[{"input_ids": licence}])
+        second = GradientProjectionCallback(memory, threshold=0.99, remember=False)  # there is no third text
         learn(model, licence, n_epochs, [first] if name == "protected" else [])
         before = perplexity(model, licence)
         learn(model, readme, n_epochs, [second] if name == "protected" else [])
