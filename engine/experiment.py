@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import hardware, record
+from engine import distributed, hardware, record
 from engine.evaluation import evaluate
 from engine.files import write_json, write_text
 from engine.folder import (
@@ -58,6 +58,7 @@ def run(options: Options, benchmark: Benchmark, model: nn.Module, method: Method
     """
     check(options)
     check_belonging(options, model, method)
+    distributed.check_shareable(method)
     folder = run_folder(method.options, type(method), benchmark.name, benchmark.data)
     threads = torch.get_num_threads()
     try:
@@ -118,7 +119,7 @@ class Run:
         self.write_epochs()
         self.progress = Progress(self.title, options, self.folder, done=self.position)
         self.progress.say(f"{self.title}: {hardware.describe(self.device)}, folder {self.folder}")
-        for note in (*overridden(options, type(self.method)), *benchmark.notes):
+        for note in (*overridden(options, type(self.method)), *benchmark.notes, *distributed.notes(self.method.model)):
             self.progress.say(f"note: {note}")
         if resumed:
             epoch = f", after epoch {self.task_progress.epoch}" if self.task_progress else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests import ROOT
 
-SECONDS = 240  # of a group, at most
+SECONDS = 120  # of a group, at most
 
 
 def environment() -> dict[str, str]:
