@@ -4,7 +4,8 @@
     python benchmarks/library.py --only wide step      # two of them
     python benchmarks/library.py --short               # each case tiny: does it run?
 
-Plain: every layer by itself, its float64 R Rᵀ decomposed in full; a step without protection. Best of some repetitions.
+Plain: every layer by itself, its float64 R Rᵀ decomposed in full; a step without protection. Seconds are processor time
+of one thread, which is what an idle machine needs; the best of some repetitions.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ EPSILON = 0.97
 
 
 def best(function: Callable[[], object], repetitions: int) -> float:
-    """Seconds of the fastest of some calls."""
+    """Seconds of processor time of the fastest of some calls."""
     times = []
     for _ in range(repetitions):
-        began = time.perf_counter()
+        began = time.process_time()
         function()
-        times.append(time.perf_counter() - began)
+        times.append(time.process_time() - began)
     return min(times)
 
 
