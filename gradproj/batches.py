@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradproj.distributed import local_forwards
 from gradproj.errors import InputError
 
 Forward = Callable[[Any], Any]
@@ -50,7 +51,8 @@ def runner(forward: Forward, model: nn.Module) -> Forward:
     def run(batch: Any) -> Any:
         batch = batch if device is None else moved(batch, device)
         try:
-            return call(batch)
+            with local_forwards():
+                return call(batch)
         except (AttributeError, TypeError) as error:
             if isinstance(batch, Tensor):
                 raise

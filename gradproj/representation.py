@@ -218,7 +218,7 @@ class Gatherer:
             recent = None
         source = self.sources.get(layer.name)
         if source is None:
-            source = recent.source if recent is not None else Source(self._parts(layer))
+            source = recent.source if recent is not None else Source(self.empty_parts(layer))
             source.members.append(layer.name)
             self.sources[layer.name] = source
         shared = False
@@ -241,7 +241,8 @@ class Gatherer:
                     elif not shared and not self.count_only:
                         part.add(self._drawn(block[name], most))
 
-    def _parts(self, layer: Layer) -> list[Representation | SeenRows]:
+    def empty_parts(self, layer: Layer) -> list[Representation | SeenRows]:
+        """What a layer has seen before it runs, by position among its keys."""
         rows = {layer.name} if isinstance(layer, EmbeddingLayer) else set()
         return [
             SeenRows(d) if key in rows else Representation(d, self._product_dtype(d), self.keep_columns)

@@ -33,7 +33,7 @@ def growing(model: nn.Module) -> list[str]:
     ]
 
 
-class GradientProjectionPlugin(TaskBoundaries, SupervisedPlugin, supports_distributed=True):
+class GradientProjectionPlugin(TaskBoundaries, SupervisedPlugin, supports_distributed=True):  # type: ignore[call-arg, misc, unused-ignore]
     """Each experience is a task: old ones are protected in it, and it is remembered when it has come to its end.
 
     The memory is part of the strategy, and so of what Avalanche's `save_checkpoint` writes of it.

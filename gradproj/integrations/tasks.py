@@ -113,7 +113,7 @@ def batches_of(loader: Any, n: int) -> list[Any]:
     size = min(n, getattr(loader.batch_sampler, "batch_size", None) or n)
     is_group = distributed.is_available() and distributed.is_initialized()
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if is_group else (0, 1)
-    data = loader.dataset
+    data: Any = loader.dataset
     if not isinstance(data, IterableDataset):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
         data = Subset(data, order[:n][rank::world].tolist())
