@@ -83,15 +83,20 @@ class CUBER(TRGP):
     def backward(self, images: Tensor, labels: Tensor, t: int) -> Tensor:
         with self.memory.raw():
             loss = super().backward(images, labels, t)
+        if any(self.helping.values()):
+            self.test_again()
+        if any(self.helping.values()):
+            self.movement().backward()
+        self.memory.project_gradients()
+        return loss
+
+    def test_again(self) -> None:
+        """Help no more whom this step's gradients, not yet projected, disagree with."""
         gradients = gradient_rows(self.memory.layers)
         helping = {key: self.agreeing(key, gradients[key], tasks) for key, tasks in self.helping.items()}
         if helping != self.helping:
             self.helping = helping
             self.projectors |= {name: self.projector(layer) for name, layer in self.memory.layers.items()}
-        if any(helping.values()):
-            self.movement().backward()
-        self.memory.project_gradients()
-        return loss
 
     def movement(self) -> Tensor:
         """λ Σ ‖(W - W_{t-1}) B_j‖ over the tasks that are helped."""

@@ -50,6 +50,7 @@ def test_dual_gpm_keeps_the_smaller_basis():
         half = Half.of(M[:, :k])
         assert (half.columns.shape, half.of_complement) == ((7, size), of_complement)
         assert_close(half.basis() @ half.basis().T, M[:, :k] @ M[:, :k].T)
+    assert not Half.of(torch.eye(6)[:, :3]).of_complement, "where both are as small, M needs no work"
 
 
 # SGP
