@@ -218,6 +218,21 @@ def outputs_of(learner, images, t):
         return learner.model.eval()(images, t)
 
 
+def test_trgp_by_the_released_rule_takes_one_direction_fewer_on_the_first_task_alone():
+    sizes, held = {}, []
+    for protocol in ("paper", "released"):
+        learner = method(SingleHead(), "trgp", protocol=protocol, threshold=(0.9,), threshold_step=0.0)
+        for t in range(2):
+            task = KINDS["one"].task(t)
+            learner.before_task(t, task)
+            learner.after_task(t, task)
+            inputs = learner.memory.gather(learner.model, learner.representative(t, task.train)[0])["fc1"]
+            held.append(inputs.energies(learner.span("fc1", t)).sum() / inputs.outer.trace())
+        sizes[protocol] = len(learner.regions[0]["fc1"])
+    assert sizes["released"] == sizes["paper"] - 1
+    assert [share >= 0.9 for share in held] == [True, True, False, True]
+
+
 def test_trust_regions_are_the_nearest_two():
     trgp = method(SingleHead(), "trgp", region_threshold=0.4)
     trgp.memory.bases["fc1"] = torch.eye(12).double()[:, :8]
