@@ -445,13 +445,13 @@ class TestCODECL(MethodCase):
 
     def test_layers_are_scaled_where_inputs_are_alike(self, kind):
         scaled = []
-        for overlap in (0.1, 0.3, 1.1):
-            learner = self.make(kind, code_overlap=overlap)
+        for overlap, n in ((0.1, 5), (0.3, 5), (1.1, 5), (0.1, 1000)):
+            learner = self.make(kind, code_overlap=overlap, code_directions=n)
             for t in range(3):
                 train(learner, t, kind.task(t))
             scaled.append(sum(map(len, learner.directions)))
             assert all(shift.abs().max() > 1e-4 for shifts in learner.shifts for shift in shifts.values())
-        assert scaled[0] > scaled[1] > scaled[2] == 0
+        assert scaled[0] > scaled[1] > scaled[2] == scaled[3] == 0
 
 
 def test_code_cl_needs_a_number_of_samples():
