@@ -12,6 +12,7 @@ from engine.seeds import generator
 from gradproj.errors import InputError
 from gradproj.layers import find_layers
 from gradproj.representation import Representation
+from methods import METHODS
 from methods.adam_nscl import used_directions
 from methods.dual_gpm import Half
 from methods.parts.conceptors import Conceptor, both, conceptor, either
@@ -19,8 +20,9 @@ from methods.parts.perturbation import computing_with, of_length
 from methods.parts.regions import strongest_directions
 from methods.parts.replay import Reservoir
 from methods.parts.side_paths import SidePath, side_paths
+from report.published import SUCCESSORS
 from tests import reference
-from tests.methods.cases import KINDS, LR, MethodCase, Slow, SlowGPM, put, rows, train
+from tests.methods.cases import KINDS, LR, MethodCase, Slow, SlowGPM, pictures_network, put, rows, train
 from tests.tiny_nets import SingleHead, method
 
 
@@ -30,6 +32,12 @@ class TestNaive(MethodCase):
 
 class TestGPM(MethodCase):
     name, slow = "gpm", SlowGPM
+
+
+def test_steps_that_may_be_taken_otherwise_than_one_operation_at_a_time():
+    assert [name for name in SUCCESSORS if METHODS[name].plain_step] == ["dual_gpm", "sgp"]
+    assert [name for name in SUCCESSORS if METHODS[name].graph_step] == ["dfgp", "trgp", "code_cl"]
+    assert [name for name in SUCCESSORS if METHODS[name].task_identity] == ["trgp", "code_cl", "cuber"]
 
 
 # DualGPM
@@ -707,7 +715,7 @@ class SlowFSDGPM(SlowGPM):
 
 class TestFSDGPM(MethodCase):
     name, slow = "fs_dgpm", SlowFSDGPM
-    changes = {"momentum": 0.9, "memory_images": 30, "fs_eta1": 0.1, "fs_eta2": 5.0, "threshold": (0.8,)}
+    changes = {"momentum": 0.9, "memory_images": 30, "fs_eta1": 0.1, "fs_eta2": 5e4, "threshold": (0.8,)}
 
 
 class TestFSDGPMFirstOrder(TestFSDGPM):
@@ -729,6 +737,23 @@ def test_fs_dgpm_learns_how_firmly_to_hold():
     start = torch.sigmoid(torch.tensor(10.0)).double()
     assert all((value - start).abs().max() > 1e-6 for value in firmness)
     assert learner.lr == learner.options.lr
+
+
+def test_fs_dgpm_cuts_gradients_to_a_norm():
+    learner = method(pictures_network(), "fs_dgpm", memory_images=30)
+    with torch.no_grad():
+        for head in learner.model.heads:
+            head.weight *= 50
+    for t in range(2):
+        task = KINDS["many"].task(t)
+        learner.before_task(t, task)
+        with learner.learning(t, task):
+            learner.model.zero_grad()
+            learner.backward(*task.train, t)
+            found = [p.grad for p in learner.model.parameters() if p.grad is not None]
+            norm = sum(g.square().sum() for g in found).sqrt().item()
+            assert norm == pytest.approx(2) if t == 0 else 0.1 < norm <= 2  # then most of it is projected away
+        learner.after_task(t, task)
 
 
 def test_fs_dgpm_looks_less_far_as_the_rate_falls():
