@@ -815,10 +815,12 @@ class TestAdamNSCL(MethodCase):
 
 
 def test_the_null_space_of_a_singular_covariance_is_what_no_input_uses():
-    V = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
-    outer = V @ torch.diag(torch.tensor([4.0, 2.0, 1.0, 1e-3, 0.0, 0.0]).double()) @ V.T
-    used = used_directions(outer, 10.0)
-    assert used.shape == (6, 4)
-    assert_close(used @ used.T, V[:, :4] @ V[:, :4].T)
-    assert used_directions(outer + torch.eye(6), 2.5).shape == (6, 2)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        V = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=random)).Q
+        outer = V @ torch.diag(torch.tensor([4.0, 2.0, 1.0, 1e-3, 0.0, 0.0]).double()) @ V.T
+        used = used_directions(outer, 10.0)
+        assert used.shape == (6, 4)
+        assert_close(used @ used.T, V[:, :4] @ V[:, :4].T)
+        assert used_directions(outer + torch.eye(6), 2.5).shape == (6, 2)
     assert used_directions(0 * outer, 10.0).shape == (6, 0)
