@@ -588,6 +588,14 @@ class TestCUBER(MethodCase):
             cuber.after_task(t, kind.task(t))
         assert len(chosen) > len(dropped) > 0
 
+    def test_gradients_are_those_at_the_weights_that_a_task_is_tested_with(self, kind):
+        cuber = self.make(kind)
+        slow = SlowCUBER(kind.model(), cuber.options)
+        for t in range(2):
+            train(cuber, t, kind.task(t))
+            slow.learn(t, kind.task(t))
+            assert_close(cuber.gradients[t], slow.learned[t])
+
     def test_that_helps_nobody_is_trgp(self, kind):
         changes = {name: value for name, value in self.changes.items() if name != "cuber_lambda"}
         cuber, trgp = self.make(kind, cuber_agreement=1.1), method(kind.model(), "trgp", **changes)
