@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ from engine.options import Options, defaults
 from engine.seeds import generator
 from engine.task import Split, Task, batches
 from gradproj import GradientProjectionMemory
-from gradproj.errors import InputError
+from gradproj.errors import FullLayerWarning, InputError
 from gradproj.layers import Layer
 from gradproj.projection import LayerProjector, layer_projector
 
@@ -40,9 +41,8 @@ class GPM(Method):
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
-        self.memory = GradientProjectionMemory(
-            model, exclude=self.task_module_names, rank_rule=options.protocol, exact=True
-        )
+        rule = "released" if options.protocol == "released" else "paper"
+        self.memory = GradientProjectionMemory(model, exclude=self.task_module_names, rank_rule=rule, exact=True)
         names = list(self.memory.layers)
         if len(options.threshold) not in (1, len(names)):
             raise InputError(
@@ -66,7 +66,8 @@ class GPM(Method):
     def after_task(self, t: int, task: Task) -> None:
         """Remember what the task uses of the network as it is tested."""
         images, samples = self.representative(t, task.train)
-        with self.testing(t):
+        with self.testing(t), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FullLayerWarning)  # each summary says how full layers are
             self.remember(t, lambda batch: self.model(batch, t), images, samples)
 
     def remember(self, t: int, forward: Forward, images: Iterable[Tensor], samples: dict[str, int]) -> None:
@@ -85,7 +86,7 @@ class GPM(Method):
         if self.options.n_samples != "all":
             return [train.images[order[: self.options.n_samples]]], self.samples
         # Batches of the usual size, so that batch statistics mean the same as with few samples.
-        size = defaults(type(self.options), type(self))["n_samples"]
+        size = defaults(type(self.options), type(self), self.options.protocol)["n_samples"]
         return (train.images[order[start:stop]] for start, stop in batches(len(order), size)), {}
 
 

@@ -69,6 +69,8 @@ def _other_protocol(accuracy: float, accuracy_std: float, backward: float) -> Pu
     return row._replace(source="WSN's table", caveat="published under another protocol")
 
 
+LATER = ("protocol=later",)  # of miniImageNet, which these papers' own code runs
+
 # Five runs each, from Table 1 of the CUBER paper (Lin et al., NeurIPS 2022), which repeats the GPM paper's figures.
 PUBLISHED: dict[tuple[str, str], Published] = {
     ("cifar100", "multitask"): _row(79.58, 0.54),
@@ -86,8 +88,8 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     ("miniimagenet", "a_gem"): _row(57.24, 0.72, -12, 1),
     ("miniimagenet", "er"): _row(58.94, 0.85, -7, 1),
     ("miniimagenet", "gpm"): _row(60.41, 0.61, -0.7, 0.4),
-    ("miniimagenet", "trgp"): _row(61.78, 0.60, -0.5, 0.6),
-    ("miniimagenet", "cuber"): _row(62.67, 0.74, 0.23, 0.15),
+    ("miniimagenet", "trgp"): _row(61.78, 0.60, -0.5, 0.6)._replace(variants=LATER),
+    ("miniimagenet", "cuber"): _row(62.67, 0.74, 0.23, 0.15)._replace(variants=LATER),
     ("five_datasets", "multitask"): _row(91.54, 0.28),
     ("five_datasets", "ewc"): _row(88.64, 0.26, -4, 1),
     ("five_datasets", "hat"): _row(91.32, 0.18, -1, 0),

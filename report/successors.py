@@ -13,7 +13,7 @@ from report.tables import IDENTITY, NOTHING, cells
 
 BESIDE = ("gpm", "naive")
 HEADINGS = ("method", "variant", "ACC %", "BWT", "paper ACC", "paper BWT", "source", "reproduced")
-COSTS = ("numbers stored", "time a run", "seeds")
+COSTS = ("numbers stored", "time a run", "runs")
 
 
 def successor_tables(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
