@@ -17,8 +17,9 @@ from methods.adam_nscl import used_directions
 from methods.dual_gpm import Half
 from methods.parts.conceptors import Conceptor, both, conceptor, either
 from methods.parts.perturbation import computing_with, of_length
-from methods.parts.regions import strongest_directions
+from methods.parts.regions import gradient_rows, layer_gradients, strongest_directions
 from methods.parts.replay import Reservoir
+from methods.parts.scaled import scaled_parts, scaled_projector
 from methods.parts.side_paths import SidePath, side_paths
 from report.published import SUCCESSORS
 from tests import reference
@@ -259,6 +260,8 @@ def test_trust_regions_are_the_nearest_two():
 def test_trust_regions_are_columns_of_the_memory():
     generator = torch.Generator().manual_seed(0)
     M = torch.linalg.qr(torch.randn(6, 2, dtype=torch.float64, generator=generator)).Q
+    R = M @ torch.tensor([[1.0], [2.0]]).double()  # the second is the stronger
+    assert strongest_directions(M, Representation(6).add(R), 1.0, "paper")[1].tolist() == [0, 1]
     R = 3 * torch.outer(M[:, 1], torch.randn(9, generator=generator).double())  # the second old direction is strong
     R = R + 0.3 * torch.randn(6, 9, dtype=torch.float64, generator=generator)
     basis, taken = strongest_directions(M, Representation(6).add(R), 0.9, "paper")
@@ -269,6 +272,32 @@ def test_trust_regions_are_columns_of_the_memory():
     assert (R.T @ basis[:, taken]).square().sum() - weakest < 0.9 * R.square().sum()
     assert len(strongest_directions(M, Representation(6).add(R), 0.9, "released")[1]) == len(taken) - 1
     assert strongest_directions(M, Representation(6).add(0 * R), 0.9, "paper")[1].tolist() == []
+
+
+def test_regions_are_chosen_by_the_gradient_of_some_images():
+    learner, task = method(SingleHead(), "trgp"), KINDS["one"].task(0)
+    learner.model.fc1.weight.grad = torch.ones_like(learner.model.fc1.weight)  # left over from before
+    found = layer_gradients(learner, 2, task.train, 5)
+    assert learner.model.fc1.weight.grad is None
+    order = torch.randperm(len(task.train.labels), generator=generator(learner.options.seed, "regions", 2))[:5]
+    F.cross_entropy(learner.model(task.train.images[order], 2), task.train.labels[order]).backward()
+    assert_close(found, {name: rows(getattr(learner.model, name), "grad") for name in ("fc1", "fc2")})
+    learner.model.fc2.weight.grad = None
+    found = gradient_rows(learner.memory.layers)
+    assert_close(found["fc1"], rows(learner.model.fc1, "grad"))
+    assert_close(found["fc2"], torch.zeros(3, 7).double())
+
+
+@pytest.mark.parametrize("k", [0, 20, 70, 150, 200])
+def test_projection_by_degrees(k):
+    layer = find_layers(nn.Linear(200, 3, bias=False).double())[""]
+    M = torch.linalg.qr(torch.randn(200, k).double()).Q
+    scale, G = torch.rand(k).double(), torch.randn(3, 200).double()
+    projected, _ = scaled_projector(layer, {"": M}, {"": scale})(G)
+    assert_close(projected, G - G @ M @ torch.diag(scale) @ M.T)
+    assert_close(
+        scaled_parts([layer], {layer.module.weight: G}, {"": M}, {"": scale})[layer.module.weight], G - projected
+    )
 
 
 @pytest.mark.parametrize(
@@ -761,6 +790,7 @@ def test_fs_dgpm_cuts_gradients_to_a_norm():
             found = [p.grad for p in learner.model.parameters() if p.grad is not None]
             norm = sum(g.square().sum() for g in found).sqrt().item()
             assert norm == pytest.approx(2) if t == 0 else 0.1 < norm <= 2  # then most of it is projected away
+            assert learner.model.heads[0].weight.grad.norm() < 0.05, "the head of an earlier task is cut with the rest"
         learner.after_task(t, task)
 
 
