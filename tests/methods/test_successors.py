@@ -642,7 +642,9 @@ def test_cuber_moves_in_what_helps_and_nobody_else_uses():
     cuber.helping = {"fc1": [0]}
     assert cuber.closed("fc1") == [2, 3, 4]
     M = cuber.memory.bases["fc1"]
-    (project,) = cuber.projector(cuber.memory.layers["fc1"]).groups
+    assert cuber.projector(cuber.memory.layers["fc1"]).is_idle, "its gradients are tested before they are projected"
+    cuber.close()
+    (project,) = cuber.late_projectors["fc1"].groups
     assert_close(project(M.T), M.T * torch.tensor([1.0, 1, 0, 0, 0]).double()[:, None])
 
 
