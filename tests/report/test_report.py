@@ -414,8 +414,9 @@ def test_methods_that_know_the_task_at_test_are_marked(tmp_path):
     assert "GPM ‡" not in tables.as_text(rows, [])
 
 
-def test_the_search_over_hyperparameters_is_what_the_results_say():
-    page = (ROOT / "docs" / "baselines.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["baselines.md", "successors.md"])
+def test_the_search_over_hyperparameters_is_what_the_results_say(page):
+    page = (ROOT / "docs" / page).read_text(encoding="utf-8")
     rows = re.findall(r"^\| .* \| `(results/\S+)` \| ([\d.]+) \| ([\d.]+) \| ([-+][\d.]+) \|", page, flags=re.MULTILINE)
     assert rows
     for path, valid, test, transfer in rows:
