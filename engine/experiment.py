@@ -91,7 +91,6 @@ class Run:
         method.load_state_dict(method.state_dict())  # onto the device of the model
         if self.options.batchnorm == "task" and not normalization.batch_norms(model):
             raise InputError(f"batchnorm is task, but {type(model).__name__} has no BatchNorm; leave the flag out")
-        self.task_names: list[str] = []
         self.position = 0  # tasks learned
         self.task_progress: TaskProgress | None = None  # of the task at hand
         self.accuracy: dict[str, list[list[float | None]]] = {"valid": [], "test": []}
@@ -132,7 +131,6 @@ class Run:
             seen = []
             for t in range(options.n_tasks):
                 task = benchmark.tasks[t]
-                self.task_names.append(task.name)
                 seen.append({"valid": task.valid, "test": task.test})
                 if self.method.joint and t == options.n_tasks - 1 and t >= self.position:
                     self.learn(t, join(benchmark.tasks, options.n_tasks), seen)
@@ -306,7 +304,6 @@ class Run:
             "protocol": options.protocol,
             "data": config["data"],
             **record.scores(self.accuracy["test"]),
-            "task_names": self.task_names,
             "accuracy": self.accuracy["test"],
             "valid_accuracy": self.accuracy["valid"],
             "memory_columns": self.columns,

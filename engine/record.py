@@ -95,7 +95,7 @@ OPTIONAL = {
     "commit": str,
     **dict.fromkeys(("place", "memory_floats"), int),
     **dict.fromkeys(("memory_columns", "memory_input_sizes", "interference", "versions"), dict),
-    **dict.fromkeys(("epochs", "task_names"), list),
+    "epochs": list,
 }
 
 
@@ -115,6 +115,7 @@ def fault(summary: dict[str, Any]) -> str:
     data, seconds = summary.get("data"), summary.get("seconds")
     notes = data.get("notes", []) if isinstance(data, dict) else None
     sources = (data.get("sources") or {}) if isinstance(data, dict) else None
+    tasks = summary.get("tasks") or []
     checks = {
         **{key: isinstance(summary.get(key), str) for key in ("benchmark", "method", "variant", "device")},
         "seed": isinstance(summary.get("seed"), int),
@@ -128,6 +129,7 @@ def fault(summary: dict[str, Any]) -> str:
         **{key: matrix(summary.get(key) or [[None]]) for key in ("valid_accuracy", "class_incremental")},
         **{key: isinstance(summary.get(key), (kind, type(None))) for key, kind in OPTIONAL.items()},
         "seconds": isinstance(seconds, dict) and number(seconds.get("total")),
+        "tasks": isinstance(tasks, list) and all(isinstance(t, dict) and type(t.get("name")) is str for t in tasks),
         "title": isinstance(summary.get("title", ""), str),
         "task_identity": "title" not in summary or isinstance(summary.get("task_identity"), bool),
     }
