@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+from torch import Tensor
 
 from engine.files import remove_leftovers
 from engine.options import MethodType, Options, variant
@@ -19,12 +20,8 @@ from gradproj.files import is_ours, load_tensors, save_tensors
 
 NEXT, NEWEST, RESERVE = "checkpoint-next.pt", "checkpoint.pt", "checkpoint-previous.pt"  # NEXT only while saving
 LOCK, HOLDER = ".lock", ".holder"
-# Flags of some methods, which older versions recorded in the runs of all.
-ONCE_OF_EVERY_RUN = frozenset(
-    "threshold threshold_step n_samples samples memory_images replay_batch ewc_lambda owm_alpha ogd_samples hat_smax "
-    "hat_sparsity".split()
-)
-FILES = ("config.json", "epochs.jsonl", NEXT, "summary.json", "accuracy.csv", "accuracy.png", "memory.png")
+KEPT = "weights-{}.pt"  # of the network after a task, numbered from 0, with --keep each
+OUTPUTS = ("config.json", "epochs.jsonl", "summary.json", "accuracy.csv", "accuracy.png", "memory.png")
 
 
 def run_folder(options: Options, method: MethodType, benchmark: str, data: str) -> Path:
@@ -44,13 +41,14 @@ def hold(folder: Path) -> Iterator[None]:
     if (folder / NEWEST).exists() and not (folder / "config.json").exists() and not is_ours(folder / NEWEST):
         raise InputError(f"{folder} holds a {NEWEST} of another program; choose another folder")
     lock = filelock.FileLock(folder / LOCK, timeout=0)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        (folder / HOLDER).write_text(f"process {os.getpid()} on {platform.node()}")
-        remove_leftovers(folder, FILES)
+        (folder / HOLDER).write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        remove_leftovers(folder, (*OUTPUTS, NEXT, KEPT.format("*")))
     except filelock.Timeout as error:
-        holder = (folder / HOLDER).read_text() if (folder / HOLDER).exists() else "another process"
+        holder = (folder / HOLDER).read_text(encoding="utf-8") if (folder / HOLDER).exists() else "another process"
         raise InputError(f"{holder} is at work in {folder}; wait for it or choose another folder") from error
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another --output_dir") from error
@@ -59,43 +57,11 @@ def hold(folder: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):  # the folder may have become read-only, and what that stopped is reported already
             (folder / HOLDER).unlink()
+            if made and {path.name for path in folder.iterdir()} == {LOCK}:  # the run was refused
+                (folder / LOCK).unlink()
+                for path in made:
+                    path.rmdir()
         lock.release()
-
-
-def check_same_run(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise InputError, naming the differences, where a folder holds a run with other hyperparameters.
-
-    Args:
-        folder: for the message.
-        found, wanted: hyperparameters that affect results, by name.
-    """
-    different = [
-        f"{name} {found.get(name)} there, {wanted.get(name)} here"
-        for name in sorted((found.keys() - ONCE_OF_EVERY_RUN) | wanted.keys())
-        if found.get(name) != wanted.get(name)
-    ]
-    if different:
-        raise InputError(f"{folder} holds a run with other hyperparameters ({'; '.join(different)}); choose another")
-
-
-def check_same_images(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise InputError where a folder holds a run on other images.
-
-    Args:
-        folder: for the message.
-        found, wanted: by data set, its checksums (Benchmark.sources).
-    """
-    different = [
-        name
-        for name, source in wanted.items()
-        for part in ("train_sha256", "test_sha256")
-        if source.get(part) != found.get(name, {}).get(part)
-    ]
-    if different:
-        raise InputError(
-            f"{folder} holds a run on other images of {', '.join(dict.fromkeys(different))} than are there now; give "
-            "those back, choose another --output_dir, or start afresh with --no_resume"
-        )
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -128,10 +94,38 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def remove_checkpoint(folder: Path) -> None:
-    """Forget all states."""
-    for name in (NEXT, NEWEST, RESERVE):
-        (folder / name).unlink(missing_ok=True)
+def save_last(folder: Path, state: dict[str, Any]) -> None:
+    """Write the state of a finished run, which stays alone."""
+    save_checkpoint(folder, state)
+    (folder / RESERVE).unlink(missing_ok=True)
+
+
+def keep_weights(folder: Path, t: int, weights: dict[str, Tensor]) -> None:
+    """Keep what training moved (Method.weights), as it is after task t."""
+    save_tensors(folder / KEPT.format(t), weights)
+
+
+def kept_weights(folder: Path, t: int) -> dict[str, Tensor] | None:
+    """What `keep_weights` kept; None where nothing was.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = folder / KEPT.format(t)
+    return load_tensors(path) if path.exists() else None
+
+
+def forget(folder: Path) -> None:
+    """Remove all states, and the summary that says that a run is finished."""
+    for path in (*(folder / name for name in (NEXT, NEWEST, RESERVE, "summary.json")), *folder.glob(KEPT.format("*"))):
+        path.unlink(missing_ok=True)
+
+
+def leave_nothing(folder: Path) -> None:
+    """Remove what a run writes before it has learned anything, where there is nothing else."""
+    if not any((folder / name).exists() for name in (NEXT, NEWEST, RESERVE, "summary.json")):
+        for name in ("config.json", "epochs.jsonl"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _upgraded(state: Any) -> Any:

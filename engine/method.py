@@ -41,6 +41,9 @@ class Method:
         defaults: of hyperparameters that differ from the script's, by name; under a benchmark's name, those for it.
         heads: the benchmarks it is for: those with "one" head for all tasks, with "many", or "any".
         joint: it learns all tasks at once, joined into one (`engine.task.join`), instead of in turn.
+        mixes_tasks: it puts images of several tasks into one tensor, so that they must have one shape and dtype.
+        knows_n_tasks: what it does on a task depends on how many there are, so that a run with more tasks cannot go on
+            from one with fewer.
         plain_step: a step is SGD on the cross-entropy with projected gradients and nothing else, so that it may be
             taken by hand-written code.
         graph_step: a step takes no decision on the host, so that it may be captured as a CUDA graph.
@@ -48,6 +51,7 @@ class Method:
         one_network: the same weights are tested on all tasks, so that their interference can be measured.
         state: names of the attributes that a continued run needs: tensors, parameters, generators, plain values, a
             GradientProjectionMemory, and lists and dicts of these. Replace tensors instead of changing them in place.
+        given: the names of the model's parameters as it came, before a method adds some of its own.
         memory: the bases, of methods that have some.
         projectors: by layer name, while learning.
         lr: of the epoch at hand.
@@ -61,6 +65,8 @@ class Method:
     defaults: ClassVar[Mapping[str, Any]] = NOTHING
     heads: ClassVar[Literal["one", "many", "any"]] = "any"
     joint: ClassVar[bool] = False
+    mixes_tasks: ClassVar[bool] = False
+    knows_n_tasks: ClassVar[bool] = False
     plain_step: ClassVar[bool] = False
     graph_step: ClassVar[bool] = False
     task_identity: ClassVar[bool] = False
@@ -73,6 +79,7 @@ class Method:
         self.model = model
         self.options = complete(options, type(self))
         self.lr = self.options.lr
+        self.given = frozenset(name for name, _ in model.named_parameters())
         self.task_modules = task_modules(model, self.options.n_tasks)
         if reason := why_not(type(self), many_heads=bool(self.task_modules)):
             found = "a head for each task" if self.task_modules else "one for all"

@@ -173,6 +173,12 @@ class Options:
         affects_results=False,
         type=str,
     )
+    keep: str = flag(
+        "last",
+        "last: the network as it is at the end. each: its weights after every task too, for load_run",
+        choices=("last", "each"),
+        affects_results=False,
+    )
     no_resume: bool = flag(False, "start afresh, forgetting what the run folder holds", affects_results=False)
     tensorboard: bool = flag(
         False, "also log to TensorBoard, in the run folder (pip install tensorboard)", affects_results=False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from threading import RLock
+from typing import Any
 
 from tqdm import tqdm
 
@@ -95,6 +96,18 @@ class Progress:
         self.bar.close()
         if self.board:
             self.board.close()
+
+
+def print_result(summary: dict[str, Any]) -> None:
+    """The numbers of a finished run, in two lines."""
+    transfer = summary["backward_transfer"]
+    print(
+        f"{summary['benchmark']} ({summary['data']['kind']} data), {summary['method']}, seed {summary['seed']}: "
+        f"ACC {summary['average_accuracy']:.2f} %, "
+        + ("" if transfer is None else f"BWT {transfer:+.2f}, ")
+        + f"{summary['seconds']['total']:.0f} s"
+    )
+    print(f"  {summary['folder']}/summary.json, accuracy.csv")
 
 
 def tensorboard_writer(folder: Path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,17 @@ SUMMARY = "summary.json"
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Write summary.json, and its accuracy matrix as accuracy.csv."""
-    rows = [",".join("" if value is None else f"{value:.4f}" for value in row) for row in summary["accuracy"]]
-    write_text(folder / "accuracy.csv", "\n".join(rows) + "\n")
+    write_text(folder / "accuracy.csv", as_csv(summary["accuracy"], [task["name"] for task in summary["tasks"]]))
     write_json(folder / SUMMARY, summary)
+
+
+def as_csv(accuracy: metrics.AccuracyMatrix, tasks: Sequence[str]) -> str:
+    """An accuracy matrix: a row after each task, a column for each, both under their names."""
+    text = io.StringIO()
+    rows = [["" if value is None else f"{value:.4f}" for value in row] for row in accuracy]
+    body = [[f"after {name}", *row] for name, row in zip(tasks, rows, strict=True)]
+    csv.writer(text, lineterminator="\n").writerows([["test accuracy, %", *tasks], *body])
+    return text.getvalue()
 
 
 def scores(accuracy: metrics.AccuracyMatrix) -> dict[str, float | None]:
@@ -112,7 +123,7 @@ def fault(summary: dict[str, Any]) -> str:
             and all(isinstance(row, list) and row and all(x is None or number(x) for x in row) for row in value)
         )
 
-    data, seconds = summary.get("data"), summary.get("seconds")
+    data, seconds, tasks = summary.get("data"), summary.get("seconds"), summary.get("tasks") or []
     notes = data.get("notes", []) if isinstance(data, dict) else None
     sources = (data.get("sources") or {}) if isinstance(data, dict) else None
     tasks = summary.get("tasks") or []
@@ -128,6 +139,7 @@ def fault(summary: dict[str, Any]) -> str:
         "accuracy": matrix(summary.get("accuracy")),
         **{key: matrix(summary.get(key) or [[None]]) for key in ("valid_accuracy", "class_incremental")},
         **{key: isinstance(summary.get(key), (kind, type(None))) for key, kind in OPTIONAL.items()},
+        "tasks": isinstance(tasks, list) and all(isinstance(t, dict) and type(t.get("name")) is str for t in tasks),
         "seconds": isinstance(seconds, dict) and number(seconds.get("total")),
         "tasks": isinstance(tasks, list) and all(isinstance(t, dict) and type(t.get("name")) is str for t in tasks),
         "title": isinstance(summary.get("title", ""), str),

@@ -31,11 +31,28 @@ PARTS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a benchmark; `valid` drives the learning-rate schedule, `test` drives nothing."""
+    """One task of a benchmark; `valid` drives the learning-rate schedule, `test` drives nothing.
+
+    Attributes:
+        classes: their names or numbers in the order of the outputs; 0 to n_classes - 1 where not given.
+    """
 
     name: str
     n_classes: int
     train: Split
+    valid: Split
+    test: Split
+    classes: Sequence[str | int] | None = None
+
+    @property
+    def held_out(self) -> HeldOut:
+        """The parts that are measured again after later tasks."""
+        return HeldOut(self.valid, self.test)
+
+
+class HeldOut(NamedTuple):
+    """What of a task is not learned from."""
+
     valid: Split
     test: Split
 
@@ -46,18 +63,30 @@ class LazyTasks(Sequence[Task]):
     Args:
         n_tasks: length of the sequence.
         build: makes task t; must depend on t alone, so that asking twice gives the same task.
+        build_held_out: makes its held-out parts alone, where that is quicker: after each task those of all earlier ones
+            are asked for.
     """
 
-    def __init__(self, n_tasks: int, build: Callable[[int], Task]) -> None:
+    def __init__(
+        self, n_tasks: int, build: Callable[[int], Task], build_held_out: Callable[[int], HeldOut] | None = None
+    ) -> None:
         self._n_tasks, self._build = n_tasks, build
+        self._build_held_out = build_held_out or (lambda t: build(t).held_out)
 
     def __len__(self) -> int:
         return self._n_tasks
 
     def __getitem__(self, t: int) -> Task:  # type: ignore[override]
+        return self._build(self._checked(t))
+
+    def held_out(self, t: int) -> HeldOut:
+        """The held-out parts of task t."""
+        return self._build_held_out(self._checked(t))
+
+    def _checked(self, t: int) -> int:
         if not 0 <= t < self._n_tasks:
             raise IndexError(f"task {t} of {self._n_tasks}")
-        return self._build(t)
+        return t
 
 
 def join(tasks: Sequence[Task], n_tasks: int) -> Task:
@@ -90,7 +119,7 @@ class Benchmark:
     Attributes:
         name: pmnist, cifar100, cifar100_superclass, five_datasets or miniimagenet; or your own.
         data: "real" or "embedded".
-        tasks: in the order they are learned.
+        tasks: in the order they are learned; a list, or LazyTasks.
         sources: per raw data set, its checksum and image counts, copied into summary.json.
         notes: what a reader of the numbers has to know (a set that is incomplete or left out), shown in every output.
     """

@@ -18,9 +18,13 @@ class DivergenceError(ArithmeticError):
     exit_code = 3
 
 
-def warn_caller(text: str) -> None:
+class FullLayerWarning(UserWarning):
+    """Layers have no direction left that is free, so they learn no more."""
+
+
+def warn_caller(text: str, category: type[UserWarning] = UserWarning) -> None:
     """Warn of something at the line outside this library that led to it."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(OURS):
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level - 1)
+    warnings.warn(text, category, stacklevel=level - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ from engine.options import Options, defaults
 from engine.seeds import generator
 from engine.task import Split, Task, batches
 from gradproj import GradientProjectionMemory
-from gradproj.errors import InputError
+from gradproj.errors import FullLayerWarning, InputError
 from gradproj.layers import Layer
 from gradproj.projection import LayerProjector, layer_projector
 
@@ -65,7 +66,8 @@ class GPM(Method):
     def after_task(self, t: int, task: Task) -> None:
         """Remember what the task uses of the network as it is tested."""
         images, samples = self.representative(t, task.train)
-        with self.testing(t):
+        with self.testing(t), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FullLayerWarning)  # each summary says how full layers are
             self.remember(t, lambda batch: self.model(batch, t), images, samples)
 
     def remember(self, t: int, forward: Forward, images: Iterable[Tensor], samples: dict[str, int]) -> None:

@@ -7,6 +7,7 @@ python -m report runs --plots figures --against threshold   # and of ACC, BWT an
 python -m report runs --html report.html               # all of it in one file to send: tables, pictures, matrices
 python -m report runs/real --collect results           # copy finished summaries into results/
 python -m report results/real --readme README.md --page docs/results.md     # rewrite these pages' tables from them
+python -m report results/real --successors docs/successors.md               # and those of the methods after GPM
 """
 
 from __future__ import annotations
@@ -58,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--page", type=Path, metavar="FILE", help="put the tables of all rows between this file's markers"
+    )
+    parser.add_argument(
+        "--successors", type=Path, metavar="FILE", help="put GPM's successors beside it between this file's markers"
     )
     args = parser.parse_args(argv)
     try:

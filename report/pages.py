@@ -11,6 +11,7 @@ from gradproj.errors import InputError
 from report.published import BENCHMARKS, ORDER
 from report.rows import Row
 from report.runs import Problem
+from report.successors import successor_tables
 from report.tables import FORWARD, ORIGIN, as_markdown
 
 ALWAYS = ("gpm", "naive")  # methods of the short table
@@ -53,7 +54,7 @@ def all_tables(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
 
 
 Table = Callable[[Sequence[Row], Sequence[Problem]], str]
-PAGES: dict[str, Table] = {"readme": short_table, "page": all_tables}
+PAGES: dict[str, Table] = {"readme": short_table, "page": all_tables, "successors": successor_tables}
 
 
 def block(text: str) -> str:

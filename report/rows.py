@@ -229,6 +229,8 @@ def verdict(row: Row, complete: bool, same_images: bool) -> str:
         return f"{row.data} data"
     if row.published is None:
         return "nothing published"
+    if row.published.caveat:
+        return f"not comparable: {row.published.caveat}"
     if row.variant not in row.published.variants:
         return "not comparable: variant"
     if not complete:

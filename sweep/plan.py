@@ -17,6 +17,7 @@ from engine.method import Method, why_not
 from engine.options import Options, inherited, results_options
 from gradproj.errors import InputError
 from methods import METHODS
+from report.published import SUCCESSORS
 from sweep.jobs import Job
 
 ROOT = Path(__file__).resolve().parent.parent  # where the scripts are
@@ -34,15 +35,16 @@ EMBEDDED_METHODS = ("gpm", "naive")
 
 # What `run_experiments.sh paper` runs, with every script's own defaults: the paper's.
 PAPER = dict.fromkeys(("pmnist", "cifar100", "cifar100_superclass", "five_datasets", "miniimagenet"), ("gpm", "naive"))
-# `--table N`: the paper's tables.
+# `--table NAME`: the paper's tables, and GPM beside the methods that came after it.
 TABLES = {
-    1: {
+    "1": {
         "cifar100": ("multitask", "owm", "ewc", "hat", "a_gem", "er", "gpm"),
         "miniimagenet": ("multitask", "ewc", "hat", "a_gem", "er", "gpm"),
         "five_datasets": ("multitask", "ewc", "hat", "a_gem", "er", "gpm"),
         "pmnist": ("multitask", "ogd", "owm", "ewc", "a_gem", "er", "gpm"),
     },
-    2: {"cifar100_superclass": ("single", "gpm")},
+    "2": {"cifar100_superclass": ("single", "gpm")},
+    "successors": dict.fromkeys(PAPER, ("gpm", *SUCCESSORS)),
 }
 TABLE_SEEDS = (1, 2, 3, 4, 5)
 
@@ -54,7 +56,7 @@ class Wanted(NamedTuple):
         embedded: on embedded data, not by the paper's protocol.
         only: benchmarks; None for those of the plan.
         methods: None for those of the plan.
-        table: of the paper.
+        table: a name in TABLES.
         seeds: None for each script's own.
         sweep: a hyperparameter and its values.
         output_dir: folder that gets everything.
@@ -64,7 +66,7 @@ class Wanted(NamedTuple):
     embedded: bool
     only: Sequence[str] | None
     methods: Sequence[str] | None
-    table: int | None
+    table: str | None
     seeds: Sequence[int] | None
     sweep: tuple[str, tuple[str, ...]] | None
     output_dir: Path

@@ -29,8 +29,12 @@ def quick(monkeypatch):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """How much was survived."""
+    """How far old outputs moved, and how much was survived."""
     from tests.faults import COUNTS
+    from tests.gradproj.layers.case import DRIFT, drift_table
 
+    if DRIFT:
+        terminalreporter.write_line("the most that old outputs moved, of themselves, while new tasks were learned:")
+        terminalreporter.write_line(drift_table())
     if COUNTS:
         terminalreporter.write_line("survived: " + ", ".join(f"{n} {what}" for what, n in sorted(COUNTS.items())))

@@ -1,7 +1,7 @@
-"""The paper's equations as written, in NumPy: slow, obvious, and independent of gpm/.
+"""The paper's equations as written, in NumPy: slow, obvious, and independent of gradproj/.
 
-Full SVDs, dense d x d projectors and Python loops over patches, which the tests compare gpm/ with. (The speed benchmark
-has a plain form of its own, benchmarks/plain.py: this one is too slow to time.) All numbers are float64.
+Full SVDs, dense d x d projectors and Python loops over patches, which the tests compare gradproj/ with. (The speed
+benchmark has a plain form of its own, benchmarks/plain.py: this one is too slow to time.) All numbers are float64.
 
 Letters: d size of a layer's input, n samples or patches, k basis columns, R (d, n) representation matrix,
 M (d, k) orthonormal basis, G (o, d) gradient of a layer's weight.

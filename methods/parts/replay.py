@@ -113,6 +113,7 @@ class Replay(Method):
             None, "images drawn from the memory at each step; default as many as a training batch has", above=0
         ),
     }
+    mixes_tasks = True
     state = ("reservoir", "generator")
 
     def __init__(self, model: nn.Module, options: Options) -> None:

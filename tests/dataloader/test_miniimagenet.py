@@ -193,9 +193,7 @@ def test_images_become_arrays_once_and_stay(folder, monkeypatch, capsys):
     assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
     assert not capsys.readouterr().err
     (folder / "train_labels.npy").write_text("?")
-    with pytest.raises(
-        DataError, match=r"train_labels\.npy cannot be read .*; delete this file to have it made"
-    ):
+    with pytest.raises(DataError, match=r"train_labels\.npy cannot be read .*; delete this file to have it made"):
         raw.load_raw("miniimagenet", folder.parent)
     (folder / "train_labels.npy").unlink()
     assert raw.load_raw("miniimagenet", folder.parent).train_labels.tolist() == first.train_labels.tolist()
@@ -208,9 +206,7 @@ def test_a_full_disk_is_one_line(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cache, "write_cache", full)
-    with pytest.raises(
-        DataError, match=r"cannot keep the images as arrays in .*: \[Errno 28\] No space .* 1\.3 GB$"
-    ):
+    with pytest.raises(DataError, match=r"cannot keep the images as arrays in .*: \[Errno 28\] No space .* 1\.3 GB$"):
         raw.load_raw("miniimagenet", folder.parent)
 
 

@@ -13,8 +13,9 @@ from dataloader.embedded import render as embedded
 from engine import load_run
 from engine.cli import parse
 from engine.evaluation import evaluate
-from engine.folder import NEWEST, RESERVE, run_folder
+from engine.folder import NEWEST, run_folder
 from engine.options import Options, hyperparameters, with_flags
+from engine.task import Benchmark, LazyTasks
 from gradproj.errors import InputError
 from gradproj.normalization import fixed_statistics
 from methods import METHODS
@@ -52,7 +53,7 @@ def test_name_says_what_differs(tmp_path):
 def test_folder_holds_what_it_should(tmp_path):
     small_run(tmp_path)
     visible = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
-    assert visible == {*("config.json", "epochs.jsonl", "accuracy.csv", "summary.json", NEWEST, RESERVE)}
+    assert visible == {"config.json", "epochs.jsonl", "accuracy.csv", "summary.json", NEWEST}
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} <= {".lock"}
 
 
@@ -70,8 +71,7 @@ class TestClash:
 
     def test_also_where_the_checkpoint_was_deleted(self, tmp_path):
         small_run(tmp_path)
-        for name in (NEWEST, RESERVE):
-            (tmp_path / name).unlink()
+        (tmp_path / NEWEST).unlink()
         before = (tmp_path / "summary.json").read_bytes()
         with pytest.raises(InputError, match=r"lr 0.2 there, 0.1 here\)"):
             small_run(tmp_path, lr=0.1)
@@ -86,7 +86,9 @@ class TestClash:
 
     def test_another_network_with_the_same_hyperparameters(self, tmp_path):
         small_run(tmp_path)
-        with pytest.raises(InputError, match="checkpoint in .* is of another model .*--no_resume"):
+        with pytest.raises(
+            InputError, match=r"run of another network \(fc1.weight 8x12 float32 there, 5x12.* here\); .*--no"
+        ):
             small_run(tmp_path, lambda: TwoLayers(5))
 
     def test_other_images_than_before(self, tmp_path):
@@ -100,8 +102,7 @@ class TestClash:
         go("a")
         with pytest.raises(InputError, match="holds a run on other images of maps than are there now; give those back"):
             go("c")
-        for name in (NEWEST, RESERVE):
-            (tmp_path / name).unlink()
+        (tmp_path / NEWEST).unlink()
         with pytest.raises(InputError, match="other images of maps"):
             go("c")
         assert go("c", no_resume=True)["data"]["sources"]["maps"]["train_sha256"] == "c"
@@ -136,11 +137,10 @@ class TestClash:
 
 class TestSaysSo:
     def test_resumed_run(self, tmp_path, capsys):
-        with pytest.raises(InputError, match="validation"):
-            spoilt = benchmark()
-            spoilt.tasks[2] = benchmark(pc_valid=0).tasks[2]
+        with pytest.raises(InputError, match="map 2 has no validation images"):
+            tasks = [*benchmark().tasks[:2], benchmark(pc_valid=0).tasks[2]]
             torch.manual_seed(0)
-            run(options(tmp_path), spoilt, TwoLayers())
+            run(options(tmp_path), Benchmark("maps", "synthetic", LazyTasks(3, tasks.__getitem__)), TwoLayers())
         small_run(tmp_path, quiet=False)
         assert "continued from its checkpoint at task 3/3" in capsys.readouterr().out
 
@@ -224,7 +224,6 @@ class TestLoadRun:
     def test_without_checkpoint(self, tmp_path):
         small_run(tmp_path)
         (tmp_path / NEWEST).unlink()
-        (tmp_path / RESERVE).unlink()
         with pytest.raises(InputError, match="has no checkpoint that can be read"):
             load_run(tmp_path)
 

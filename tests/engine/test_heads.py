@@ -50,5 +50,5 @@ def test_a_method_that_says_so_comes_first():
     model.experts = nn.ModuleList(linears(2))
     assert task_modules(model, 2) == [[model.experts[0], model.body], [model.experts[1]]]
     model.task_modules = lambda t: ["experts"]
-    with pytest.raises(InputError, match=r"^Says.task_modules\(t\) must return a module or a list of modules$"):
+    with pytest.raises(InputError, match=r"^Says.task_modules\(0\) must return modules of the model, one or a list$"):
         task_modules(model, 2)

@@ -10,8 +10,6 @@ from torch.testing import assert_close
 import gradproj.layers.base
 from gradproj.errors import InputError
 from gradproj.layers import find_layers
-from gradproj.layers.convolution import ConvolutionLayer
-from gradproj.layers.linear import LinearLayer
 from gradproj.representation import Representation, representations
 from tests import reference
 
@@ -20,88 +18,6 @@ DOUBLE = torch.float64
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
-
-
-# class, in and out channels, kernel size, further arguments, input size
-CONVOLUTIONS = {
-    "1x1": (nn.Conv2d, 3, 4, (1, 1), {}, (4, 5)),
-    "plain": (nn.Conv2d, 2, 3, (3, 2), {}, (6, 5)),
-    "whole image": (nn.Conv2d, 2, 3, (4, 4), {}, (4, 4)),
-    "stride": (nn.Conv2d, 2, 3, (3, 3), {"stride": 2}, (8, 7)),
-    "stride longer than the kernel": (nn.Conv2d, 2, 3, (1, 1), {"stride": 3}, (8, 7)),
-    "uneven stride": (nn.Conv2d, 2, 3, (2, 3), {"stride": (1, 3)}, (5, 9)),
-    "padding": (nn.Conv2d, 2, 3, (3, 3), {"padding": 1}, (5, 4)),
-    "uneven padding": (nn.Conv2d, 2, 3, (3, 5), {"padding": (0, 2)}, (5, 4)),
-    "padding same": (nn.Conv2d, 2, 3, (3, 5), {"padding": "same"}, (5, 4)),
-    "padding same, even kernel": (nn.Conv2d, 2, 3, (2, 4), {"padding": "same", "dilation": (1, 3)}, (7, 9)),
-    "padding valid": (nn.Conv2d, 2, 3, (3, 3), {"padding": "valid"}, (5, 4)),
-    "dilation": (nn.Conv2d, 2, 3, (3, 2), {"dilation": 2}, (7, 6)),
-    "stride, padding, dilation": (nn.Conv2d, 2, 3, (3, 2), {"stride": (2, 1), "padding": 2, "dilation": 2}, (7, 6)),
-    "groups": (nn.Conv2d, 4, 6, (3, 3), {"groups": 2, "padding": 1}, (5, 4)),
-    "depthwise": (nn.Conv2d, 4, 4, (3, 3), {"groups": 4, "stride": 2}, (7, 6)),
-    "reflect": (nn.Conv2d, 2, 3, (3, 3), {"padding": 2, "padding_mode": "reflect"}, (5, 4)),
-    "replicate": (nn.Conv2d, 2, 3, (3, 3), {"padding": (1, 2), "padding_mode": "replicate"}, (5, 4)),
-    "circular": (nn.Conv2d, 2, 3, (3, 3), {"padding": (2, 1), "padding_mode": "circular", "stride": 2}, (5, 4)),
-    "one axis": (nn.Conv1d, 4, 6, (3,), {"stride": 2, "padding": 1, "dilation": 2, "groups": 2}, (11,)),
-    "one axis, same": (nn.Conv1d, 2, 3, (4,), {"padding": "same"}, (9,)),
-    "three axes": (nn.Conv3d, 2, 4, (2, 3, 2), {"stride": (1, 2, 1), "padding": (1, 0, 1), "groups": 2}, (3, 5, 3)),
-    "three axes, dilation": (nn.Conv3d, 1, 2, (2, 2, 2), {"dilation": (1, 2, 1)}, (3, 4, 3)),
-}
-
-
-@pytest.fixture(params=CONVOLUTIONS)
-def convolution(request) -> tuple[nn.Module, Tensor, np.ndarray]:
-    """A convolution, its input, and the patches by plain loops."""
-    make, n_in, n_out, kernel, arguments, size = CONVOLUTIONS[request.param]
-    torch.manual_seed(0)
-    conv = make(n_in, n_out, kernel, bias=False, dtype=DOUBLE, **arguments)
-    x = normal(2, n_in, *size)
-    return conv, x, reference.conv_patches(x, kernel, **arguments)
-
-
-def patches(conv: nn.Module, x: Tensor) -> Tensor:
-    """(groups, d, n), as a layer finds them."""
-    return torch.stack(ConvolutionLayer("conv", conv).columns(x))
-
-
-def test_patches_are_those_of_plain_loops(convolution):
-    conv, x, expected = convolution
-    assert_close(patches(conv, x), torch.from_numpy(expected), atol=0, rtol=0)
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@torch.no_grad()
-def test_weight_times_patches_is_the_convolution(convolution):
-    conv, x, expected = convolution
-    out = conv(x)
-    kernels = conv.weight.reshape(conv.groups, -1, expected.shape[1])  # (groups, o / groups, d)
-    rows = (kernels @ patches(conv, x)).flatten(0, 1)  # (o, batch · positions)
-    assert_close(rows.reshape(len(rows), len(x), *out.shape[2:]).transpose(0, 1), out, atol=1e-12, rtol=0)
-    # And the reference is itself right:
-    assert_close(torch.from_numpy(reference.convolution(conv.weight, expected, out.shape)), out, atol=1e-12, rtol=0)
-
-
-@torch.no_grad()
-def test_a_bias_sees_a_row_of_ones():
-    conv = nn.Conv2d(4, 6, 3, groups=2, dtype=DOUBLE)
-    x = normal(2, 4, 5, 5)
-    columns = ConvolutionLayer("conv", conv).columns(x)
-    assert [c.shape for c in columns] == [(2 * 9 + 1, 2 * 9)] * 2
-    kernels = conv.weight.reshape(2, 3, 18)
-    rows = [torch.cat([kernels[g], conv.bias.reshape(2, 3, 1)[g]], dim=1) @ columns[g] for g in range(2)]
-    assert_close(torch.cat(rows).reshape(6, 2, 3, 3).transpose(0, 1), conv(x), atol=1e-12, rtol=0)
-
-    linear = nn.Linear(5, 3, dtype=DOUBLE)
-    rows = normal(7, 5)
-    (columns,) = LinearLayer("linear", linear).columns(rows)
-    assert torch.equal(columns[-1], torch.ones(7, dtype=DOUBLE))
-    assert_close(torch.cat([linear.weight, linear.bias[:, None]], dim=1) @ columns, linear(rows).T)
-
-
-def test_a_linear_layer_takes_every_position_of_its_input_as_a_sample():
-    x = normal(2, 3, 4, 5)
-    (columns,) = LinearLayer("linear", nn.Linear(5, 2, bias=False)).columns(x)
-    assert torch.equal(columns, x.reshape(24, 5).T)
 
 
 class Network(nn.Module):

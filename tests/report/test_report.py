@@ -316,13 +316,56 @@ def test_collect_then_readme(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("page", "kind"), [("README.md", "readme"), ("docs/results.md", "page")])
+@pytest.mark.parametrize(
+    ("page", "kind"),
+    [("README.md", "readme"), ("docs/results.md", "page"), ("docs/successors.md", "successors")],
+)
 def test_the_pages_tables_are_what_the_results_say(page, kind):
     parts = pages.split_page((ROOT / page).read_text(encoding="utf-8"))
     runs, problems = summaries.find_runs([ROOT / "results" / "real"])
     assert not problems
     expected = pages.block(pages.PAGES[kind](comparison.summarise(runs), problems))
-    assert parts[1] == expected, "run: python -m report results/real --readme README.md --page docs/results.md"
+    assert parts[1] == expected, f"run: python -m report results/real --{kind} {page}"
+
+
+def test_successors_stand_beside_gpm_with_source_and_costs(tmp_path):
+    write(
+        tmp_path / "a",
+        method="trgp",
+        title="TRGP",
+        place=3,
+        task_identity=True,
+        variant="n_epochs=20",
+        memory_floats=1_234_567,
+    )
+    write(tmp_path / "b", variant="n_epochs=20", memory_floats=1)
+    write(tmp_path / "c", variant="n_epochs=10", memory_floats=2)
+    write(tmp_path / "d", method="ewc", variant="n_epochs=20")
+    write(tmp_path / "e", method="naive", benchmark="pmnist", memory_floats=0)
+    write(
+        tmp_path / "f",
+        method="dfgp",
+        title="DFGP",
+        place=1,
+        task_identity=False,
+        average_accuracy=74.0,
+        backward_transfer=-1.0,
+        memory_floats=3,
+    )
+    write(tmp_path / "g", method="fs_dgpm", title="FS-DGPM", place=2, task_identity=False, memory_floats=4)
+    write(tmp_path / "h", method="sgp", memory_floats=5, data={"kind": "embedded", "notes": []})
+    lines = [line.strip("| ").split(" | ") for line in pages.successor_tables(rows_of(tmp_path), []).splitlines()]
+    assert lines[0] == ["## 10-split CIFAR-100"] and not any("permuted" in line[0] for line in lines)
+    assert [(line[0], line[1]) for line in lines if len(line) > 2][2:] == [
+        ("DFGP", "default"),
+        ("FS-DGPM", "default"),
+        ("GPM", "n_epochs=20"),
+        ("TRGP ‡", "n_epochs=20"),
+    ]
+    dfgp, fs_dgpm, _, trgp = [line for line in lines if len(line) > 2][2:]
+    assert dfgp[4:9] == ["74.59", "-0.85", "authors' logs", "yes", "3"]
+    assert fs_dgpm[7] == "not comparable: published under another protocol"
+    assert trgp[7:] == ["not comparable: variant", "1,234,567", "60 s", "seed 1"]
 
 
 def test_the_short_table_has_what_is_compared_and_gpm_and_naive(tmp_path):

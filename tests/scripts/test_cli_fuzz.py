@@ -165,6 +165,7 @@ def small_runs(draw):
 
 
 CHOICES = {
+    "keep": ["last", "each", "all"],
     "protocol": ["paper", "released"],
     "schedule": ["plateau", "constant"],
     "step": ["auto", "eager"],

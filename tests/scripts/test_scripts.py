@@ -147,6 +147,7 @@ def test_a_run_by_the_later_protocol_can_be_repeated(tiny_run, tmp_path):
     assert f"/protocol=later,{TINY_VARIANT}" in summary["folder"]
     again = main("main_miniimagenet", "--config", config, "--output_dir", tmp_path / "again", "--quiet")
     assert again["accuracy"] == summary["accuracy"] and again["variant"] == summary["variant"]
+    assert [task["name"] for task in summary["tasks"]] == ["classes 0 to 4", "classes 5 to 9"]
 
 
 def shown(default: object) -> str:

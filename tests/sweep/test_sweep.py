@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from methods import METHODS
+from report.published import SUCCESSORS
 from sweep import __main__ as sweep
 from sweep import jobs, machine, plan
 from tests import ROOT
@@ -71,7 +72,11 @@ def test_paper_passes_seeds_and_unknown_flags_on():
 def test_a_table_is_methods_by_benchmarks_by_seeds(tmp_path):
     found = commands("paper", "--table", "1", "--only", "cifar100", "five_datasets", "pmnist")
     assert len(found) == (7 + 6 + 7) * 5
-    assert {command[command.index("--method") + 1] for command in found} == set(METHODS) - {"naive", "single"}
+    assert {command[command.index("--method") + 1] for command in found} == set(METHODS) - {
+        "naive",
+        "single",
+        *SUCCESSORS,
+    }
     (tmp_path / "miniimagenet").mkdir()
     assert len(commands("paper", "--table", "1", "--methods", "gpm", "naive", "--data_dir", str(tmp_path))) == 4 * 2 * 5
 
@@ -89,6 +94,13 @@ def test_benchmarks_that_cannot_run_are_left_out_unless_they_are_named(tmp_path,
         assert len(commands(*given, *flags)) == 2 * (len(plan.PAPER) - 1)
         assert "left out: miniimagenet, whose protocols are paper and later\n" in capsys.readouterr().out
     assert len(commands(*given, "--protocol", "paper")) == 2 * len(plan.PAPER)
+
+
+def test_the_successors_table_is_gpm_and_what_came_after_it():
+    found = commands("paper", "--table", "successors", "--seeds", "1", "--only", "pmnist")
+    methods = [command[command.index("--method") + 1] for command in found]
+    assert methods == ["gpm", "dual_gpm", "sgp", "dfgp", "trgp", "code_cl", "cuber", "fs_dgpm", "adam_nscl"]
+    assert len(commands("paper", "--table", "successors", "--data_dir", "nowhere")) == (len(plan.PAPER) - 1) * 9 * 5
 
 
 def test_methods_that_do_not_fit_a_benchmark_are_left_out(capsys):

@@ -1,0 +1,162 @@
+"""What is refused of a run's benchmark, of its tasks' tensors, and of how these fit the network: one line each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.method import Method
+from engine.options import Options
+from engine.task import PARTS, Benchmark, Split, Task
+from gradproj.errors import InputError
+
+WORDS = {"train": "training", "valid": "validation", "test": "test"}
+NO_FOLDER = frozenset('/\\:*?"<>|')  # in no folder's name, on any system
+
+
+def check_benchmark(benchmark: Benchmark, method: Method) -> None:
+    """Raise InputError where names make no folder, or there are fewer tasks or heads than are to be learned."""
+    for what, name in (("benchmark's name", benchmark.name), ("data", benchmark.data), ("method's name", method.name)):
+        if not isinstance(name, str) or not name.isprintable() or set(name) & NO_FOLDER or not name.strip(". "):
+            raise InputError(f"the {what} is {name!r}; it names a folder, so it must be a plain name such as 'pmnist'")
+    try:
+        there = len(benchmark.tasks)
+    except TypeError as error:
+        kind = type(benchmark.tasks).__name__
+        raise InputError(f"the tasks of {benchmark.name} are a {kind}; give a list of Task, or LazyTasks") from error
+    n_tasks = method.options.n_tasks
+    if there < n_tasks:
+        raise InputError(f"n_tasks is {n_tasks}, but {benchmark.name} has {there} tasks; give n_tasks {there} or less")
+    n_heads = len(method.task_modules)
+    if 0 < n_heads < n_tasks:
+        raise InputError(
+            f"{type(method.model).__name__} has {n_heads} head{'s' * (n_heads > 1)} for {n_tasks} tasks (n_tasks); "
+            "give it one for each, or one for all"
+        )
+
+
+def check_tensors(task: Any, t: int, options: Options) -> None:
+    """Raise InputError where a task is not what `Task` says."""
+    if not isinstance(task, Task):
+        raise InputError(f"task {t + 1} is a {type(task).__name__}; it must be an engine.task.Task")
+    n = task.n_classes
+    if not isinstance(n, int) or n < 1:
+        raise InputError(f"{task.name}: n_classes is {n!r}; it must be the number of classes, 1 or more")
+    if task.classes is not None and (isinstance(task.classes, str) or len(task.classes) != n):
+        raise InputError(
+            f"{task.name}: classes are {task.classes!r}; they must be {n} names or numbers, as n_classes says"
+        )
+    for part in PARTS:
+        split = getattr(task, part)
+        _check_split(split, f"{task.name}: {WORDS[part]}", n)
+        if part != "valid" and not len(split.labels):
+            raise InputError(f"{task.name} has no {WORDS[part]} images; it must have some")
+    if options.schedule == "plateau" and not len(task.valid.labels):
+        raise InputError(
+            f"schedule is plateau, but {task.name} has no validation images; hold some out or use constant"
+        )
+
+
+def _check_split(split: Any, what: str, n_classes: int) -> None:
+    if not isinstance(split, Split):
+        raise InputError(f"{what} images are a {type(split).__name__}; give an engine.task.Split(images, labels)")
+    images, labels = split
+    for kind, value in (("images", images), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise InputError(f"{what} {kind} are a {type(value).__name__}; give a tensor (torch.as_tensor)")
+    if labels.dtype != torch.int64 or labels.ndim != 1:
+        raise InputError(f"{what} labels are {described(labels)}; they must be int64 (n,), such as labels.long()")
+    if images.ndim < 2 or len(images) != len(labels):
+        raise InputError(
+            f"{what} images are {described(images)} and labels {described(labels)}; there must be one for each"
+        )
+    if not len(labels):
+        return
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= n_classes:
+        raise InputError(f"{what} labels go from {low} to {high}; they must be 0 to {n_classes - 1}, as n_classes says")
+    # The sum, which is quick, tells but where it overflows.
+    if images.is_floating_point() and not images.sum().isfinite() and not images.isfinite().all():
+        raise InputError(f"{what} images hold NaN or infinite values")
+
+
+def described(tensor: Tensor) -> str:
+    """A tensor's dtype and shape in words."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} ({', '.join(map(str, tensor.shape))}{',' * (tensor.ndim == 1)})"
+
+
+def check_alike(method: Method, first: tuple[str, Tensor], other: tuple[str, Tensor]) -> None:
+    """Raise InputError where a method mixes images of several tasks that differ in shape or dtype.
+
+    Args:
+        method: of the run.
+        first, other: the names of two tasks, and an image of each.
+    """
+    (one, image), (two, another) = first, other
+    if (method.mixes_tasks or method.joint) and (image.shape, image.dtype) != (another.shape, another.dtype):
+        raise InputError(
+            f"{method.name} puts images of several tasks into one batch, so they must have one shape and dtype; an "
+            f"image of {one} is {described(image)}, of {two} {described(another)}"
+        )
+
+
+@torch.no_grad()
+def check_fits(model: nn.Module, task: Task, t: int, options: Options) -> None:
+    """Raise InputError where a network cannot take a task: its images, single ones, or as many classes.
+
+    Args:
+        model: whose eval mode is asked; put into it.
+        task: on the model's device.
+        t: its number.
+        options: the batch sizes.
+    """
+    name = type(model).__name__
+    model.eval()
+    _check_single_images(model, task, t, options)
+    known = set()
+    for part in PARTS:
+        images = getattr(task, part).images
+        if not len(images) or (images.shape[1:], images.dtype) in known:
+            continue
+        known.add((images.shape[1:], images.dtype))
+        try:
+            outputs = model(images[:2], t)
+        except Exception as error:
+            raise InputError(cannot_take(model, task, t, images, error)) from error
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images[:2]):
+            found = described(outputs) if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+            raise InputError(
+                f"{name} returns {found} for {len(images[:2])} images of {task.name}; "
+                "it must be their logits, (n, classes)"
+            )
+        if outputs.shape[1] < task.n_classes:
+            raise InputError(f"{name} has {outputs.shape[1]} outputs for the {task.n_classes} classes of {task.name}")
+
+
+def _check_single_images(model: nn.Module, task: Task, t: int, options: Options) -> None:
+    """Raise InputError where there would be batches of one image, and BatchNorm refuses them."""
+    alone = [
+        f"{name} is 1" for name in ("batch_size_train", "batch_size_test", "n_samples") if getattr(options, name) == 1
+    ]
+    alone += [f"{task.name} has a single {part} image" for part in PARTS if len(getattr(task, part).labels) == 1]
+    if alone:
+        try:
+            model(task.train.images[:1], t)
+        except ValueError as error:  # BatchNorm's
+            why = f"{type(model).__name__} cannot take an image alone ({error})"
+            raise InputError(f"{'; '.join(alone)}; it must be 2 or more, since {why}") from error
+
+
+def cannot_take(model: nn.Module, task: Task, t: int, images: Tensor, error: Exception) -> str:
+    """What to say where a network fails on a task's images."""
+    reason = (str(error).strip().splitlines() or [""])[0][:200]
+    dtype = next((p.dtype for p in model.parameters()), images.dtype)
+    hint = ""
+    if not images.is_floating_point():
+        hint = "; give floats, normalised: such as images.float() / 255"
+    elif images.dtype != dtype:
+        hint = f"; the network's weights are {str(dtype).removeprefix('torch.')}: give images.to({dtype})"
+    found = f"{task.name} (task {t + 1}, images {described(images)})"
+    return f"{type(model).__name__} cannot take {found}: {type(error).__name__}: {reason}{hint}"
