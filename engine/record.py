@@ -126,7 +126,6 @@ def fault(summary: dict[str, Any]) -> str:
     data, seconds, tasks = summary.get("data"), summary.get("seconds"), summary.get("tasks") or []
     notes = data.get("notes", []) if isinstance(data, dict) else None
     sources = (data.get("sources") or {}) if isinstance(data, dict) else None
-    tasks = summary.get("tasks") or []
     checks = {
         **{key: isinstance(summary.get(key), str) for key in ("benchmark", "method", "variant", "device")},
         "seed": isinstance(summary.get("seed"), int),
@@ -141,7 +140,6 @@ def fault(summary: dict[str, Any]) -> str:
         **{key: isinstance(summary.get(key), (kind, type(None))) for key, kind in OPTIONAL.items()},
         "tasks": isinstance(tasks, list) and all(isinstance(t, dict) and type(t.get("name")) is str for t in tasks),
         "seconds": isinstance(seconds, dict) and number(seconds.get("total")),
-        "tasks": isinstance(tasks, list) and all(isinstance(t, dict) and type(t.get("name")) is str for t in tasks),
         "title": isinstance(summary.get("title", ""), str),
         "task_identity": "title" not in summary or isinstance(summary.get("task_identity"), bool),
     }
