@@ -437,7 +437,12 @@ class GradientProjectionMemory:
                     "not hold old tasks then; give it to protect(optimizer)"
                 )
             names = unprojected(projectors.values())
-            self._say_leaks([f"a gradient of {name or 'the model'} came past its projection" for name in names])
+            self._say_leaks(
+                [
+                    f"a gradient of {name or 'the model'} came past its projection, or is left from before"
+                    for name in names
+                ]
+            )
 
         with watched_steps(parameters, look, count):
             yield
@@ -511,17 +516,9 @@ class GradientProjectionMemory:
         if self._protection is None:
             return
         for project in self._protection.projectors.values():
-            parameters = project.layer.parameters
-            gradients = [None if p is None else p.grad for p in parameters]
-            if project.is_idle or all(g is None for g in gradients):
+            if project.is_idle or (gradients := project.gradients) is None:
                 continue
-            gradients = [
-                torch.zeros_like(p) if p is not None and g is None else g
-                for p, g in zip(parameters, gradients, strict=True)
-            ]
-            with full_float32(next(g for g in gradients if g is not None)):
-                projected = project(*gradients)
-            for parameter, gradient in zip(parameters, projected, strict=True):
+            for parameter, gradient in zip(project.layer.parameters, project(*gradients), strict=True):
                 if parameter is not None:
                     parameter.grad = gradient
 
