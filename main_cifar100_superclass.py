@@ -1,4 +1,4 @@
-"""20-task CIFAR-100 superclass with LeNet (paper Table 2: GPM has ACC 57.72 %, a figure not verified here).
+"""20-task CIFAR-100 superclass with LeNet (published for GPM over five task orders: ACC 57.7 ± 0.7 %, BWT -1.2 ± 0.4).
 
     python main_cifar100_superclass.py --protocol released     # the images as the published number saw them
     python main_cifar100_superclass.py --t_order 3             # another of the five published task orders

@@ -68,7 +68,8 @@ def parse(
             parser.error(f"--{flag} is a flag of {', '.join(readers(flag, options, methods))}; this run's is {name}")
     values = {field.name: _in_kind(field, given) for field in dataclasses.fields(kind) if field.name in given}
     kept = {field: value for field, value in saved.items() if field in names}
-    made = kind(**defaults(options, method) | kept | values | {"method": name})
+    protocol = given.get("protocol", saved.get("protocol"))
+    made = kind(**defaults(options, method, protocol) | kept | values | {"method": name})
     check(made)
     return made, method
 
@@ -139,7 +140,7 @@ def _with_its_message(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _shown_default(field: dataclasses.Field, options: type[Options], methods: Methods) -> str:
-    """The default of a flag in words, and where methods have others of their own."""
+    """The default of a flag in words, and where methods or protocols have others."""
 
     def text(value: Any) -> str:
         if value is None or value is False or value == {}:
@@ -157,6 +158,7 @@ def _shown_default(field: dataclasses.Field, options: type[Options], methods: Me
     if field.name not in {f.name for f in dataclasses.fields(options)}:
         usual = next(iter(found.values()))
     others = [f"{name} {value}" for name, value in found.items() if value not in ("", usual)]
+    others += [f"{name} {text(own[field.name])}" for name, own in options.by_protocol.items() if field.name in own]
     return "; ".join(filter(None, [usual, *others]))
 
 

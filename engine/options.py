@@ -83,10 +83,12 @@ class Options:
 
     Attributes:
         benchmark: whose published values a method's own defaults may follow.
+        by_protocol: for each protocol, the defaults that differ from those of the fields.
         script: of options joined with a method's flags, the class that the script wrote.
     """
 
     benchmark: ClassVar[str] = ""
+    by_protocol: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     script: ClassVar[type[Options] | None] = None
 
     method: str = flag("gpm", "how to learn without forgetting")
@@ -212,17 +214,22 @@ def default_of(field: dataclasses.Field) -> Any:
     return field.default_factory() if field.default is dataclasses.MISSING else field.default
 
 
-def defaults(options: type[Options], method: MethodType) -> dict[str, Any]:
+def defaults(options: type[Options], method: MethodType, protocol: str | None = None) -> dict[str, Any]:
     """The value of each hyperparameter where nobody says another: the method's for the benchmark, else the method's,
-    else the script's."""
-    values = {field.name: default_of(field) for field in dataclasses.fields(with_flags(options, method))}
+    else the script's for the protocol, else the script's; the protocol itself is the script's."""
+    values = _script_defaults(with_flags(options, method), protocol)
     own = method.defaults | method.defaults.get(options.benchmark, {})
     return values | {name: value for name, value in own.items() if name in values} | {"method": method.name}
 
 
+def _script_defaults(options: type[Options], protocol: str | None) -> dict[str, Any]:
+    values = {field.name: default_of(field) for field in dataclasses.fields(options)}
+    return values | dict(options.by_protocol.get(protocol or values["protocol"], {}))
+
+
 def complete(options: Options, method: MethodType) -> Options:
     """Options with the method's own flags too, at their defaults where they are not there yet."""
-    kind, usual = with_flags(type(options), method), defaults(type(options), method)
+    kind, usual = with_flags(type(options), method), defaults(type(options), method, options.protocol)
     values = {field.name: getattr(options, field.name, usual[field.name]) for field in dataclasses.fields(kind)}
     return kind(**values | {"method": method.name})
 
@@ -239,8 +246,8 @@ def inherited(field: dataclasses.Field) -> dataclasses.Field:
 
 def overridden(options: Options, method: MethodType) -> list[str]:
     """A line for each value of the script that gives way to the method's own."""
-    usual = defaults(type(options), method)
-    scripts = {field.name: default_of(field) for field in dataclasses.fields(script_options(type(options)))}
+    usual = defaults(type(options), method, options.protocol)
+    scripts = _script_defaults(script_options(type(options)), options.protocol)
     return [
         f"{name} is {_short(usual[name])}, {method.name}'s own, instead of the script's {_short(value)}"
         for name, value in scripts.items()
@@ -319,7 +326,7 @@ def results_options(options: Options, method: MethodType) -> dict[str, Any]:
 
 def variant(options: Options, method: MethodType) -> str:
     """The name of a run's kind: `default`, or the hyperparameters that differ from the defaults, shortened."""
-    usual = defaults(type(options), method)
+    usual = defaults(type(options), method, options.protocol)
     parts = [
         f"{name}={_short(value)}"
         for name, value in results_options(options, method).items()

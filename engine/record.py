@@ -101,6 +101,15 @@ def upgraded(summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+# What a summary may leave out, or have as null.
+OPTIONAL = {
+    "commit": str,
+    **dict.fromkeys(("place", "memory_floats"), int),
+    **dict.fromkeys(("memory_columns", "memory_input_sizes", "interference", "versions"), dict),
+    "epochs": list,
+}
+
+
 def fault(summary: dict[str, Any]) -> str:
     """What keeps a summary from being used; empty if nothing does."""
 
@@ -111,20 +120,28 @@ def fault(summary: dict[str, Any]) -> str:
         return (
             isinstance(value, list)
             and bool(value)
-            and all(isinstance(row, list) and all(x is None or number(x) for x in row) for row in value)
+            and all(isinstance(row, list) and row and all(x is None or number(x) for x in row) for row in value)
         )
 
-    data, seconds = summary.get("data"), summary.get("seconds")
+    data, seconds, tasks = summary.get("data"), summary.get("seconds"), summary.get("tasks") or []
     notes = data.get("notes", []) if isinstance(data, dict) else None
+    sources = (data.get("sources") or {}) if isinstance(data, dict) else None
     checks = {
         **{key: isinstance(summary.get(key), str) for key in ("benchmark", "method", "variant", "device")},
         "seed": isinstance(summary.get("seed"), int),
         "finished": isinstance(summary.get("finished"), bool),
         "data": isinstance(notes, list) and isinstance(data.get("kind"), str) and all(type(n) is str for n in notes),
+        "data.sources": isinstance(sources, dict) and all(isinstance(source, dict) for source in sources.values()),
+        "hyperparameters": isinstance(summary.get("hyperparameters", {}), dict),
         "average_accuracy": number(summary.get("average_accuracy")),
-        "backward_transfer": summary.get("backward_transfer") is None or number(summary["backward_transfer"]),
+        "backward_transfer": summary.get("backward_transfer", "") is None or number(summary.get("backward_transfer")),
         "accuracy": matrix(summary.get("accuracy")),
+        **{key: matrix(summary.get(key) or [[None]]) for key in ("valid_accuracy", "class_incremental")},
+        **{key: isinstance(summary.get(key), (kind, type(None))) for key, kind in OPTIONAL.items()},
+        "tasks": isinstance(tasks, list) and all(isinstance(t, dict) and type(t.get("name")) is str for t in tasks),
         "seconds": isinstance(seconds, dict) and number(seconds.get("total")),
+        "title": isinstance(summary.get("title", ""), str),
+        "task_identity": "title" not in summary or isinstance(summary.get("task_identity"), bool),
     }
     wrong = [key for key, fine in checks.items() if not fine]
     return f"{', '.join(wrong)} missing or of a wrong kind" if wrong else ""

@@ -117,7 +117,7 @@ class Benchmark:
     """The tasks of one benchmark and where their images came from.
 
     Attributes:
-        name: pmnist, cifar100, cifar100_superclass or five_datasets; or your own.
+        name: pmnist, cifar100, cifar100_superclass, five_datasets or miniimagenet; or your own.
         data: "real" or "embedded".
         tasks: in the order they are learned; a list, or LazyTasks.
         sources: per raw data set, its checksum and image counts, copied into summary.json.

@@ -23,6 +23,11 @@ def as_batches(batches: Any) -> Iterable[Any]:
     """
     if isinstance(batches, (Tensor, Mapping)):
         return [batches]
+    if isinstance(batches, tuple):
+        raise InputError(
+            "batches is a tuple, which could be one batch or several; give a list: [batch], with the tuple as its "
+            "batch, or [batch, batch, …]"
+        )
     if isinstance(batches, str) or hasattr(batches, "__array__") or not isinstance(batches, Iterable):
         raise InputError(
             f"batches is of type {type(batches).__name__}; give batches in a list or a DataLoader, or a tensor"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.batches import Forward, in_eval_mode, masks, runner
+from gradproj.errors import InputError
 from gradproj.layers import Layer
 from gradproj.layers.uses import Uses, plain_paths
 from gradproj.normalization import is_normalization
@@ -102,7 +103,7 @@ def inspect(
     run = runner(forward, memory.model)
 
     def other(layer: Layer, function: str) -> None:
-        leaks[f"the weight of {layer.name or 'the model'} is also used by {function}"] = None
+        leaks[f"the weight of {layer.name or 'the model'} is also used by {function}, which is not projected"] = None
 
     with in_eval_mode(memory.model):
         gatherer.run(run, batch, masks(mask, batch))
@@ -189,6 +190,8 @@ class Verification:
         end = f"outputs moved by {self.moved:.1e} of themselves; rounding explains {self.explained:.1e}"
         others = [f"moved without protection: {', '.join(self.others)}"] if self.others else []
         verdict = "the guarantee holds" if self.holds else "the guarantee does NOT hold"
+        if self.holds and self.moved > self.explained:
+            verdict += ": what the bases hold has not moved; outputs moved by the inputs outside them"
         return "\n".join([aligned(lines), end, *others, verdict])
 
 
@@ -210,6 +213,8 @@ def verification(
         forward, batch, mask: as in `verify`.
     """
     model = memory.model
+    if other := [n for n, v in current(model).items() if n in reference and v.shape != reference[n].shape]:
+        raise InputError(f"{', '.join(other)} had another shape when it was remembered, so there is nothing to compare")
     run, which = runner(forward, model), masks(mask, batch)
     now = {name: value.detach().clone() for name, value in current(model).items() if name in reference}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -246,6 +251,7 @@ def verification(
     covered = {names[id(p)] for layer in memory.layers.values() for p in layer.parameters if p is not None}
     others = [n for n, v in now.items() if n not in covered and not torch.equal(v, reference[n].to(v))]
     others = [n for n in others if not n.endswith("num_batches_tracked")]
+    others += [n for n, p in model.named_parameters() if p.requires_grad and n not in reference]  # was frozen then
     return Verification(moved, explained, found, others)
 
 

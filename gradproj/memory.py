@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -18,7 +18,7 @@ from gradproj.inspection import Check, Verification, inspect, table, verificatio
 from gradproj.layers import Layer, Selection, find_layers, kept_modules
 from gradproj.layers.find import kind_of, unknown_weight
 from gradproj.normalization import frozen, normalization_parameters
-from gradproj.optimizers import leaves_gradients, projected_updates, unwrapped, watched_steps
+from gradproj.optimizers import leaves_gradients, projected_updates, unprojected, unwrapped, watched_steps
 from gradproj.projection import LayerProjector, full_float32, layer_projector
 from gradproj.protection import Protection, projecting, watching
 from gradproj.representation import Gatherer, Mask, Representation, SeenRows, finished
@@ -158,7 +158,7 @@ class GradientProjectionMemory:
         """
         found = inspect(self, forward, batch, self._thresholds(threshold), mask)
         for leak in found.leaks:
-            self._warn(f"{leak}, which no projection covers: old tasks may be forgotten through it")
+            self._warn(f"{leak}: old tasks may be forgotten through it")
         return found
 
     def update(
@@ -374,9 +374,9 @@ class GradientProjectionMemory:
         are frozen, since moving them would change every old task (paper Sec. 5).
 
         Args:
-            optimizer: what will train, also inside the wrappers of other libraries. Where its steps are no combination
-                of this task's gradients (Adam, weight decay, momentum from before), its updates are projected as well.
-                Without it, such an optimiser is warned of at its first step.
+            optimizer: what will train, one or a list, also inside the wrappers of other libraries. Where its steps are
+                no combination of this task's gradients (Adam, weight decay, momentum from before), its updates are
+                projected as well. Without it, such an optimiser is warned of at its first step.
             freeze_unprotected: also freeze what is trained and not protected, such as other kinds of layers.
             projector: what the gradient of a layer goes through, for methods that project otherwise than orthogonally.
         Yields:
@@ -396,23 +396,15 @@ class GradientProjectionMemory:
                 self._reference = self._what_could_move()
             protection = stack.enter_context(projecting(projectors, self._hosts))
             stack.enter_context(watching(self.model, protection, self._say_leaks))
-            inner = self._projecting_updates(optimizer, projectors, stack)
-            stack.enter_context(self._watching_optimizers(inner))
+            for inner in (given := [] if optimizer is None else unwrapped(optimizer)):
+                if leaves_gradients(inner, self._protected_parameters()):
+                    stack.enter_context(projected_updates(inner, projectors))
+            stack.enter_context(self._watching_optimizers(given, projectors if projector is None else {}))
             self._protection = protection
             try:
                 yield projectors
             finally:
                 self._protection = None
-
-    def _projecting_updates(
-        self, optimizer: Any | None, projectors: Mapping[str, LayerProjector], stack: ExitStack
-    ) -> torch.optim.Optimizer | None:
-        if optimizer is None:
-            return None
-        inner = unwrapped(optimizer)
-        if leaves_gradients(inner, self._protected_parameters()):
-            stack.enter_context(projected_updates(inner, projectors))
-        return inner
 
     def _protected_parameters(self) -> list[nn.Parameter]:
         return [p for layer in self.layers.values() for p in layer.parameters if p is not None]
@@ -422,26 +414,37 @@ class GradientProjectionMemory:
         return [p for name, p in self.model.named_parameters() if name in names]
 
     @contextmanager
-    def _watching_optimizers(self, given: torch.optim.Optimizer | None) -> Iterator[None]:
+    def _watching_optimizers(
+        self, given: Sequence[torch.optim.Optimizer], projectors: Mapping[str, LayerProjector]
+    ) -> Iterator[None]:
+        """Count the steps of optimisers, and look at the first of each.
+
+        Args:
+            given: those whose updates are projected where needed.
+            projectors: which gradients must have gone through.
+        """
         busy = [] if not any(self.columns.values()) else self._protected_parameters()
         parameters = {id(p): p for p in busy}
+        known = {id(optimizer) for optimizer in given}
 
-        def say(name: str, reason: str) -> None:
-            self._warn(
-                f"{name} trains protected layers, and {reason}: projected gradients alone do not hold old tasks then; "
-                "give it to protect(optimizer)"
-            )
-
-        def count() -> None:
+        def count(_: torch.optim.Optimizer) -> None:
             self._steps += 1
 
-        known = {id(given)} if given is not None else set()
-        with watched_steps(parameters, lambda: known | self._projected, say, count):
+        def look(optimizer: torch.optim.Optimizer) -> None:
+            if id(optimizer) not in known | self._projected and (reason := leaves_gradients(optimizer, busy)):
+                self._warn(
+                    f"{type(optimizer).__name__} trains protected layers, and {reason}: projected gradients alone do "
+                    "not hold old tasks then; give it to protect(optimizer)"
+                )
+            names = unprojected(projectors.values())
+            self._say_leaks([f"a gradient of {name or 'the model'} came past its projection" for name in names])
+
+        with watched_steps(parameters, look, count):
             yield
 
     def _say_leaks(self, leaks: list[str]) -> None:
         for leak in leaks:
-            self._warn(f"{leak}, which no projection covers: old tasks may be forgotten through it")
+            self._warn(f"{leak}: old tasks may be forgotten through it")
 
     def _check_modules(self) -> None:
         """Raise InputError where protected modules are no longer what they were; warn of layers that came since."""
@@ -452,6 +455,11 @@ class GradientProjectionMemory:
                 f"module {', '.join(replaced)} was replaced since this memory was made, and the new one is not "
                 "protected; make a new memory (load_state_dict gives it these bases)"
             )
+        for key, d in self.input_sizes.items():
+            if (basis := self.bases[key]).ndim == 2 and len(basis) != d:
+                raise InputError(
+                    f"layer {key} has {d} inputs, but had {len(basis)} when this memory was made; make a new one"
+                )
         self._warn_of_what_can_forget()
 
     def _warn_of_rounding(self) -> None:
@@ -526,12 +534,14 @@ class GradientProjectionMemory:
         """
         projectors = {name: layer_projector(layer, self.bases) for name, layer in self.layers.items()}
         inner = unwrapped(optimizer)
-        self._projected.add(id(inner))
+        self._projected |= {id(each) for each in inner}
         try:
-            with projected_updates(inner, projectors):
+            with ExitStack() as stack:
+                for each in inner:
+                    stack.enter_context(projected_updates(each, projectors))
                 yield
         finally:
-            self._projected.discard(id(inner))
+            self._projected -= {id(each) for each in inner}
 
     def verify(self, forward: Forward, batch: Any, mask: Mask | None = None) -> Verification:
         """Measure how far outputs on a batch have moved since the last update, for each layer and at the end.

@@ -14,18 +14,26 @@ from gradproj.errors import InputError
 from gradproj.projection import LayerProjector, full_float32
 
 
-def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimiser inside the wrappers of other libraries, whose hooks see each step.
+def unwrapped(optimizers: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimisers that one or some optimisers are, inside the wrappers of other libraries.
+
+    Their hooks see each step, also one that a wrapper takes.
 
     Raises:
         InputError: there is none.
     """
+    given = optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]
+    return [_innermost(optimizer) for optimizer in given]
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
     inner = optimizer
-    while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
-        inner = inner.optimizer
-    if not isinstance(inner, torch.optim.Optimizer):
+    while inner is not None:
+        found = inner
+        inner = next((v for v in getattr(inner, "__dict__", {}).values() if isinstance(v, torch.optim.Optimizer)), None)
+    if not isinstance(found, torch.optim.Optimizer):
         raise InputError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer, or wrap one")
-    return inner
+    return found
 
 
 def leaves_gradients(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> str | None:
@@ -81,32 +89,50 @@ def projected_updates(optimizer: torch.optim.Optimizer, projectors: Mapping[str,
         yield
 
 
+@torch.no_grad()
+def unprojected(projectors: Iterable[LayerProjector]) -> list[str]:
+    """The names of layers whose gradients have a part that projectors would remove: they came past them."""
+    names = []
+    for project in projectors:
+        gradients = [None if p is None else p.grad for p in project.layer.parameters]
+        if project.is_idle or all(g is None for g in gradients):
+            continue
+        gradients = [
+            torch.zeros_like(p) if p is not None and g is None else g
+            for p, g in zip(project.layer.parameters, gradients, strict=True)
+        ]
+        present = [g for g in gradients if g is not None]
+        with full_float32(present[0]):
+            projected = [g for g in project(*gradients) if g is not None]
+        removed = sum((g - p).double().norm() for g, p in zip(present, projected, strict=True))
+        size = sum(g.double().norm() for g in present)
+        if removed > 100 * torch.finfo(project.layer.dtype).eps * size:
+            names.append(project.layer.name)
+    return names
+
+
 @contextmanager
 def watched_steps(
     parameters: Mapping[int, nn.Parameter],
-    known: Callable[[], Iterable[int]],
-    say: Callable[[str, str], None],
-    count: Callable[[], None],
+    first: Callable[[torch.optim.Optimizer], None],
+    each: Callable[[torch.optim.Optimizer], None],
 ) -> Iterator[None]:
-    """Within this context the steps of every optimiser of some parameters are seen.
+    """Within this context the steps of every optimiser of some parameters are seen, before they are taken.
 
     Args:
         parameters: by id.
-        known: the ids of optimisers whose updates are projected.
-        say: called with the name of an optimiser that needs that and lacks it at its first step, and why.
-        count: called at each step.
+        first: called with an optimiser before its first step.
+        each: before each.
     """
     seen: set[int] = set()
 
     def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        mine = [p for group in optimizer.param_groups for p in group["params"] if id(p) in parameters]
-        if mine:
-            count()
-        if id(optimizer) in seen:
+        if not any(id(p) in parameters for group in optimizer.param_groups for p in group["params"]):
             return
-        seen.add(id(optimizer))
-        if mine and id(optimizer) not in set(known()) and (reason := leaves_gradients(optimizer, mine)):
-            say(type(optimizer).__name__, reason)
+        each(optimizer)
+        if id(optimizer) not in seen:
+            seen.add(id(optimizer))
+            first(optimizer)
 
     handle = register_optimizer_step_pre_hook(look)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -108,6 +108,7 @@ class _HostForward:
         whole = all(a is b for a, b in zip(layer.parameters, layer.all_parameters, strict=True))
         self.is_linear = plain and type(layer) is LinearLayer and whole
 
+    @torch.compiler.disable  # compiled models run these layers as written, the rest compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.protection.is_on or not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
@@ -213,35 +214,46 @@ class Watch:
     def __init__(self, model: nn.Module, protection: Protection, say: Callable[[list[str]], None]) -> None:
         self.model, self.protection, self.say = model, protection, say
         self.found: dict[str, None] = {}
-        self.uses: Uses | None = None
+        self.before: dict[str, tuple[int, int, int]] | None = None
         self.is_over = False
+        self.open = ExitStack()
+        self.open.enter_context(torch.compiler.set_stance("force_eager"))  # so that calls can be seen
 
     def begin(self) -> None:
         """The model's forward begins."""
-        if self.uses is None and torch.is_grad_enabled() and self.protection.is_on:
-            self.buffers = self._buffers()
+        if self.before is None and torch.is_grad_enabled() and self.protection.is_on:
+            self.before = self._state()
             layers = [project.layer for project in self.protection.projectors.values()]
-            self.uses = Uses(layers, self._applied, self._used)
-            self.uses.__enter__()
+            self.open.enter_context(Uses(layers, self._applied, self._used))
 
     def end(self) -> None:
         """It is over."""
-        if self.uses is None or self.is_over:
+        if self.before is None or self.is_over:
             return
-        self.is_over = True
-        self.uses.__exit__(None, None, None)
-        for name, state in self._buffers().items():
+        self.close()
+        for name, state in self._state().items():
             owner = self.model.get_submodule(name.rpartition(".")[0])
-            if self.buffers.get(name) != state and not hasattr(owner, "track_running_stats"):  # of those another warns
-                self.found[f"buffer {name} moves in training"] = None
+            if self.before.get(name) != state and not hasattr(owner, "track_running_stats"):  # of those another warns
+                self.found[f"{name} is changed by the forward pass itself"] = None
         if self.found:
             self.say(list(self.found))
 
-    def _buffers(self) -> dict[str, tuple[int, int]]:
-        return {name: (id(buffer), buffer._version) for name, buffer in self.model.named_buffers()}
+    def close(self) -> None:
+        """Look no more."""
+        self.open.close()
+        self.is_over = True
+
+    def _state(self) -> dict[str, tuple[int, int, int]]:
+        """What changes where a buffer, or a parameter of a protected layer, is given other values."""
+        mine = {id(p) for project in self.protection.projectors.values() for p in project.layer.parameters}
+        parameters = [(name, p) for name, p in self.model.named_parameters() if id(p) in mine]
+        tensors = (*parameters, *self.model.named_buffers())
+        return {name: (id(tensor), tensor.data_ptr(), tensor._version) for name, tensor in tensors}
 
     def _used(self, layer: Layer, function: str) -> None:
-        self.found[f"the weight of {layer.name or 'the model'} is also used by {function}"] = None
+        self.found[f"the weight of {layer.name or 'the model'} is also used by {function}, which is not projected"] = (
+            None
+        )
 
     def _applied(self, layer: Layer, _function: Callable[..., Any], _arguments: Mapping[str, Any]) -> None:
         project = self.protection.projectors[layer.name]
@@ -256,6 +268,7 @@ class _Hook:
     def __init__(self, call: Callable[[], None]) -> None:
         self.call = call
 
+    @torch.compiler.disable
     def __call__(self, *_: Any) -> None:
         self.call()
 
@@ -276,5 +289,6 @@ def watching(model: nn.Module, protection: Protection, say: Callable[[list[str]]
     try:
         yield
     finally:
+        watch.close()
         begin.remove()
         end.remove()

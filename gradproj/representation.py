@@ -190,6 +190,10 @@ class Gatherer:
             return forward(batch)
 
     def _see(self, layer: Layer, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+        if any(x.is_nested for x in layer.inputs(function, arguments)):
+            raise InputError(
+                f"layer {layer.name} is given a NestedTensor; give padded batches, and a mask of what counts"
+            )
         if self._uses.running:
             hosts = self.hosts.setdefault(layer.name, [])
             if self._uses.running[-1] not in hosts:

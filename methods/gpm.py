@@ -41,9 +41,8 @@ class GPM(Method):
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
-        self.memory = GradientProjectionMemory(
-            model, exclude=self.task_module_names, rank_rule=options.protocol, exact=True
-        )
+        rule = "released" if options.protocol == "released" else "paper"
+        self.memory = GradientProjectionMemory(model, exclude=self.task_module_names, rank_rule=rule, exact=True)
         names = list(self.memory.layers)
         if len(options.threshold) not in (1, len(names)):
             raise InputError(
@@ -87,7 +86,7 @@ class GPM(Method):
         if self.options.n_samples != "all":
             return [train.images[order[: self.options.n_samples]]], self.samples
         # Batches of the usual size, so that batch statistics mean the same as with few samples.
-        size = defaults(type(self.options), type(self))["n_samples"]
+        size = defaults(type(self.options), type(self), self.options.protocol)["n_samples"]
         return (train.images[order[start:stop]] for start, stop in batches(len(order), size)), {}
 
 

@@ -1,6 +1,8 @@
-"""The 5-datasets network: ResNet18 with a third of the usual channels, one head a task."""
+"""The network of 5-datasets and miniImageNet: ResNet18 with a third of the usual channels, one head a task."""
 
 from __future__ import annotations
+
+import math
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,21 +42,25 @@ class ResNet18(nn.Module):
     Args:
         n_classes: classes of each task, one head for each entry.
         width: channels of the first stage; the later ones have 2, 4 and 8 times as many.
+        side: height and width of the images.
+        stride: of the first convolution.
     """
 
-    def __init__(self, n_classes: list[int], width: int = 20) -> None:
+    def __init__(self, n_classes: list[int], width: int = 20, side: int = 32, stride: int = 1) -> None:
         super().__init__()
-        self.arguments = dict(n_classes=n_classes, width=width)  # for engine.load_run
-        self.conv1, self.bn1 = conv(3, width, 3), batch_norm(width)
+        self.arguments = dict(n_classes=n_classes, width=width, side=side, stride=stride)  # for engine.load_run
+        self.conv1, self.bn1 = conv(3, width, 3, stride), batch_norm(width)
         self.layer1 = nn.Sequential(BasicBlock(width, width, 1), BasicBlock(width, width, 1))
         self.layer2 = nn.Sequential(BasicBlock(width, 2 * width, 2), BasicBlock(2 * width, 2 * width, 1))
         self.layer3 = nn.Sequential(BasicBlock(2 * width, 4 * width, 2), BasicBlock(4 * width, 4 * width, 1))
         self.layer4 = nn.Sequential(BasicBlock(4 * width, 8 * width, 2), BasicBlock(8 * width, 8 * width, 1))
-        self.heads = nn.ModuleList(nn.Linear(32 * width, n, bias=False) for n in n_classes)
+        last = math.ceil(side / (8 * stride))  # height and width after the last stage: each stride rounds up
+        n_features = 8 * width * (last // 2) ** 2  # 640 for 5-datasets, 1440 for miniImageNet
+        self.heads = nn.ModuleList(nn.Linear(n_features, n, bias=False) for n in n_classes)
 
     def forward(self, images: Tensor, task: int) -> Tensor:
-        """Logits (batch, classes of `task`) of images (batch, 3, 32, 32)."""
-        x = F.relu(self.bn1(self.conv1(images)))  # (batch, width, 32, 32)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (batch, 8 * width, 4, 4)
-        x = F.avg_pool2d(x, 2).flatten(1)  # (batch, 32 * width)
+        """Logits (batch, classes of `task`) of images (batch, 3, side, side)."""
+        x = F.relu(self.bn1(self.conv1(images)))  # (batch, width, side / stride, side / stride)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (batch, 8 * width, last, last)
+        x = F.avg_pool2d(x, 2).flatten(1)  # (batch, n_features)
         return self.heads[task](x)

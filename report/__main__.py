@@ -4,8 +4,10 @@ python -m report runs                                  # every run under runs/, 
 python -m report runs/real --format latex              # or markdown, csv
 python -m report runs --plots figures                  # PNG and PDF of every comparison
 python -m report runs --plots figures --against threshold   # and of ACC, BWT and interference over a sweep
+python -m report runs --html report.html               # all of it in one file to send: tables, pictures, matrices
 python -m report runs/real --collect results           # copy finished summaries into results/
 python -m report results/real --readme README.md --page docs/results.md     # rewrite these pages' tables from them
+python -m report results/real --successors docs/successors.md               # and those of the methods after GPM
 """
 
 from __future__ import annotations
@@ -20,10 +22,8 @@ from engine.progress import tolerate_consoles
 from gradproj.errors import InputError
 from report.pages import PAGES, update_page
 from report.rows import summarise
-from report.runs import Run, find_runs
+from report.runs import LOCAL_ONLY, Run, find_runs
 from report.tables import FORMATS
-
-LOCAL_ONLY = ("data_dir", "output_dir", "quiet")  # of the machine a run was made on, left out of collected summaries
 
 
 def collect(runs: Sequence[Run], folder: Path) -> list[Path]:
@@ -54,12 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--against", metavar="NAME", help="show the validation accuracy; with --plots, ACC and BWT over it too"
     )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one HTML file that holds everything")
     parser.add_argument("--collect", type=Path, metavar="DIR", help="copy the finished summaries into this folder")
     parser.add_argument(
         "--readme", type=Path, metavar="FILE", help="put the table of the main rows between this file's markers"
     )
     parser.add_argument(
         "--page", type=Path, metavar="FILE", help="put the tables of all rows between this file's markers"
+    )
+    parser.add_argument(
+        "--successors", type=Path, metavar="FILE", help="put GPM's successors beside it between this file's markers"
     )
     args = parser.parse_args(argv)
     try:
@@ -71,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from report.plots.draw import draw  # Matplotlib takes a second to import, which a table need not wait for
 
             written += draw(rows, args.plots, args.against)
+        if args.html:
+            from report.html import write_report
+
+            write_report(args.html, rows, problems, args.against)
+            written.append(args.html)
         if args.collect:
             written += collect(runs, args.collect)
         for name, table in PAGES.items():

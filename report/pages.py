@@ -11,21 +11,25 @@ from gradproj.errors import InputError
 from report.published import BENCHMARKS, ORDER
 from report.rows import Row
 from report.runs import Problem
-from report.tables import as_markdown
+from report.successors import successor_tables
+from report.tables import FORWARD, ORIGIN, as_markdown
 
+ALWAYS = ("gpm", "naive")  # methods of the short table
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-# What the short table leaves to the page of all results.
-LEFT_TO_THE_PAGE = ("hardware", "command", "commit")
+# What the short table leaves to the page of all results, and what that page leaves out.
+LEFT_TO_THE_PAGE = (FORWARD, "seconds", "hardware", *ORIGIN)
+LEFT_OUT = ("benchmark", "time a run")
 
 
 def short_table(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
-    """One row for each benchmark and method: the published experiment, or what comes closest to it."""
+    """The rows that are compared with a paper's, and GPM's and naive's of each benchmark that come closest to it."""
     best: dict[tuple[str, str], Row] = {}
     for row in rows:
         key = row.benchmark, row.method
         if row.data == "real" and (key not in best or closeness(row) > closeness(best[key])):
             best[key] = row
-    chosen = sorted(best.values(), key=lambda row: (_place(BENCHMARKS, row.benchmark), _place(ORDER, row.method)))
+    rows = [row for row in best.values() if row.compared or row.method in ALWAYS]
+    chosen = sorted(rows, key=lambda row: (_place(BENCHMARKS, row.benchmark), _place(ORDER, row.method)))
     return as_markdown(chosen, problems, without=LEFT_TO_THE_PAGE)
 
 
@@ -43,14 +47,14 @@ def all_tables(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
     """A heading and a table for each benchmark, with every row."""
     parts = []
     for benchmark, members in groupby(rows, lambda row: row.benchmark):
-        parts.append(f"## {BENCHMARKS.get(benchmark, benchmark)}\n\n{as_markdown(list(members), [])}")
+        parts.append(f"## {BENCHMARKS.get(benchmark, benchmark)}\n\n{as_markdown(list(members), [], without=LEFT_OUT)}")
     if problems:
         parts.append(as_markdown([], problems))
     return "\n".join(parts)
 
 
 Table = Callable[[Sequence[Row], Sequence[Problem]], str]
-PAGES: dict[str, Table] = {"readme": short_table, "page": all_tables}
+PAGES: dict[str, Table] = {"readme": short_table, "page": all_tables, "successors": successor_tables}
 
 
 def block(text: str) -> str:

@@ -1,20 +1,22 @@
-"""Runs summed up over their seeds, each row beside what the paper reports."""
+"""Runs summed up over their seeds and task orders, each row beside what the paper reports."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from engine.metrics import average_accuracy, forward_transfer, learned, learned_jointly
 from report.published import BENCHMARKS, ORDER, PUBLISHED, Estimate, Published, reproduced
 from report.runs import Run
 
+ORDER_OF_TASKS = "t_order"  # the hyperparameter over which, as over seeds, published figures are means
+
 
 @dataclass
 class Row:
-    """The runs that differ in their seed alone."""
+    """The runs that differ in their seed and the order of their tasks alone."""
 
     benchmark: str
     data: str
@@ -27,6 +29,7 @@ class Row:
     seconds: float
     hardware: str
     forward_transfer: Estimate | None = None  # where runs of single networks are at hand
+    class_incremental: Estimate | None = None  # over all tasks after the last one, where all runs measured it
     published: Published | None = None
     verdict: str = "–"  # "yes", "no …", or why the row cannot be compared
     notes: list[str] = field(default_factory=list)
@@ -39,7 +42,7 @@ class Row:
     @property
     def place(self) -> int | None:
         """The method's, in the order of colours."""
-        return self.runs[0].summary["place"]
+        return self.runs[0].summary.get("place")
 
     @property
     def task_identity(self) -> bool:
@@ -47,22 +50,67 @@ class Row:
         return self.runs[0].summary["task_identity"]
 
     @property
-    def commits(self) -> list[str]:
-        """Of the code that made the runs."""
-        return list(dict.fromkeys(run.summary.get("commit") or "unknown" for run in self.runs))
+    def compared(self) -> bool:
+        """Whether the verdict says that the paper's numbers are reproduced, or are not."""
+        return self.verdict == "yes" or self.verdict.startswith("no (")
+
+    @property
+    def commits(self) -> dict[str, list[Run]]:
+        """Of the code that made the runs, and which it made."""
+        made: dict[str, list[Run]] = {}
+        for run in self.runs:
+            made.setdefault(run.summary.get("commit") or "unknown", []).append(run)
+        return made
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds, ascending."""
-        return sorted(run.summary["seed"] for run in self.runs)
+        """Of the runs, ascending, each once."""
+        return sorted({run.summary["seed"] for run in self.runs})
+
+    @property
+    def orders(self) -> list[int]:
+        """Of the runs' tasks, ascending, each once; empty where the benchmark has one order."""
+        return sorted({order for run in self.runs if (order := order_of(run)) is not None})
 
 
-def summarise(runs: Sequence[Run]) -> list[Row]:
-    """One row for each benchmark, data, variant and method, in the order of a paper's table."""
+def order_of(run: Run) -> int | None:
+    """Which of several published orders a run's tasks have."""
+    return run.summary.get("hyperparameters", {}).get(ORDER_OF_TASKS)
+
+
+def runs_in_words(runs: Sequence[Run]) -> str:
+    """Which seeds and orders some runs of a row are: `seeds 1–3`, or `orders 0–4, seed 1`."""
+    seeds = _listed("seed", {run.summary["seed"] for run in runs})
+    orders = {order_of(run) for run in runs}
+    return seeds if orders <= {None, 0} else f"{_listed('order', orders)}, {seeds}"
+
+
+def _listed(noun: str, numbers: Iterable[int]) -> str:
+    numbers = sorted(numbers)
+    if len(numbers) == 1:
+        return f"{noun} {numbers[0]}"
+    consecutive = len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1
+    return f"{noun}s " + (f"{numbers[0]}–{numbers[-1]}" if consecutive else ", ".join(map(str, numbers)))
+
+
+def without(variant: str, names: Collection[str]) -> str:
+    """A variant but for some hyperparameters; `default` where none are left."""
+    parts = variant.split(",")
+    return ",".join(part for part in parts if part.partition("=")[0] not in names) or "default"
+
+
+def summarise(runs: Sequence[Run], join_orders: bool = True) -> list[Row]:
+    """One row for each benchmark, data, variant and method, in the order of a paper's table.
+
+    Args:
+        runs: finished ones.
+        join_orders: whether runs that differ in the order of their tasks are one row, as those that differ in the seed.
+    """
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         summary = run.summary
-        key = (summary["benchmark"], summary["data"]["kind"], summary["variant"], summary["method"])
+        variant = without(summary["variant"], [ORDER_OF_TASKS]) if join_orders else summary["variant"]
+        key = (summary["benchmark"], summary["data"]["kind"], variant, summary["method"])
         groups.setdefault((*key, tuple(summary["data"].get("notes", ()))), []).append(run)
 
     def order(key: tuple) -> tuple:
@@ -79,14 +127,14 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
 
 
 def _forward_transfer(row: Row, single: Row) -> Estimate | None:
-    """FWT of each run against the network of the same seed; against the mean of all where it is not there."""
-    matrices = {run.summary["seed"]: run.summary["accuracy"] for run in single.runs}
-    everything = [list(diagonal) for diagonal in zip(*map(learned, matrices.values()), strict=True)]
-    mean = [statistics.fmean(accuracies) for accuracies in everything]
+    """FWT of each run against the network of the same seed, else the mean of all; of the same order of tasks always."""
     values = []
     for run in row.runs:
         accuracy = run.summary["accuracy"]
-        alone = learned(matrices[run.summary["seed"]]) if run.summary["seed"] in matrices else mean
+        same_order = [other for other in single.runs if order_of(other) == order_of(run)]
+        same_seed = [other for other in same_order if other.summary["seed"] == run.summary["seed"]]
+        diagonals = [learned(other.summary["accuracy"]) for other in same_seed or same_order]
+        alone = [statistics.fmean(accuracies) for accuracies in zip(*diagonals, strict=True)]
         if learned_jointly(accuracy) or len(alone) != len(accuracy) or len(accuracy) < 2:
             return None
         values.append(forward_transfer(accuracy, alone))
@@ -99,15 +147,16 @@ def _named(benchmark: str, method: str) -> tuple:
 
 def _row(key: tuple, found: list[Run]) -> Row:
     benchmark, data, variant, method, notes = key
-    by_seed: dict[int, Run] = {}
+    different: dict[tuple, Run] = {}
     remarks = list(notes)
     for run in found:
-        first = by_seed.setdefault(run.summary["seed"], run)
+        first = different.setdefault((order_of(run), run.summary["seed"]), run)
         if first is not run and first.summary["accuracy"] != run.summary["accuracy"]:
-            remarks.append(f"seed {run.summary['seed']} is there twice with different numbers; left out: {run.path}")
-    runs = list(by_seed.values())
+            remarks.append(f"{runs_in_words([run])} is there twice with different numbers; left out: {run.path}")
+    runs = list(different.values())
     transfers = [run.summary["backward_transfer"] for run in runs]
-    validation = [_validation(run) for run in runs]
+    validation = [_final_mean(run, "valid_accuracy") for run in runs]
+    class_incremental = [_final_mean(run, "class_incremental") for run in runs]
     row = Row(
         benchmark=benchmark,
         data=data,
@@ -117,6 +166,7 @@ def _row(key: tuple, found: list[Run]) -> Row:
         accuracy=estimate([run.summary["average_accuracy"] for run in runs]),
         backward_transfer=None if None in transfers else estimate(transfers),
         valid_accuracy=None if None in validation else estimate(validation),
+        class_incremental=None if None in class_incremental else estimate(class_incremental),
         seconds=statistics.fmean(run.summary["seconds"]["total"] for run in runs),
         hardware="; ".join(dict.fromkeys(tidy_hardware(run.summary["device"]) for run in runs)),
         published=PUBLISHED.get((benchmark, method)) if data == "real" else None,
@@ -130,6 +180,9 @@ def _row(key: tuple, found: list[Run]) -> Row:
     row.notes += [f"{name}: nothing here tells whether these are the published images" for name in _named_by(row, None)]
     if not _same_images(runs):
         row.notes.append("the runs of this row used different images (their checksums differ)")
+    if len(row.commits) > 1:
+        made = [f"{commit} ({runs_in_words(members)})" for commit, members in row.commits.items()]
+        row.notes.append(f"made by {len(made)} states of the code: {', '.join(made)}")
     return row
 
 
@@ -138,10 +191,10 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def _validation(run: Run) -> float | None:
-    """The mean validation accuracy over all tasks after the last one; None where some tasks have no such images."""
-    accuracy = run.summary.get("valid_accuracy") or [[None]]
-    return None if None in accuracy[-1] else average_accuracy(accuracy)
+def _final_mean(run: Run, name: str) -> float | None:
+    """The mean over all tasks after the last one of a matrix in a summary; None where a task has no value."""
+    matrix = run.summary.get(name) or [[None]]
+    return None if None in matrix[-1] else average_accuracy(matrix)
 
 
 def _same_images(runs: Sequence[Run]) -> bool:
@@ -176,6 +229,8 @@ def verdict(row: Row, complete: bool, same_images: bool) -> str:
         return f"{row.data} data"
     if row.published is None:
         return "nothing published"
+    if row.published.caveat:
+        return f"not comparable: {row.published.caveat}"
     if row.variant not in row.published.variants:
         return "not comparable: variant"
     if not complete:

@@ -8,11 +8,11 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from report.published import BENCHMARKS, Estimate
-from report.rows import Row
+from report.rows import ORDER_OF_TASKS, Row, order_of, runs_in_words
 from report.runs import Problem
 
 NOTHING = "–"
-VALIDATION, FORWARD, IDENTITY = "validation %", "FWT", " ‡"
+VALIDATION, FORWARD, CLASS_INCREMENTAL, IDENTITY = "validation %", "FWT", "class-inc. %", " ‡"
 
 
 def spread(estimate: Estimate | None, form: str) -> str:
@@ -31,21 +31,33 @@ def duration(seconds: float) -> str:
 
 
 def command(row: Row) -> str:
-    """The command that makes a row's runs."""
+    """The command that makes a row's runs; several where orders of the tasks have different seeds."""
     hyperparameters = row.runs[0].summary.get("hyperparameters", {})
-    flags = [f"--method {row.method}"]
-    flags += [] if row.data == "real" else [f"--data {row.data}"]
-    shortened = "~" in row.variant
+    flags = [] if row.data == "real" else [f"--data {row.data}"]
     for part in [] if row.variant == "default" else row.variant.split(","):
         name = part.partition("=")[0]
         if name in hyperparameters:
             flags.append(_flag(name, hyperparameters[name]))
-    flags += ["…"] if shortened else []
-    seeds = row.seeds
-    if len(seeds) == 1:
-        return " ".join([f"python main_{row.benchmark}.py", *flags, f"--seed {seeds[0]}"])
+    flags += ["…"] if "~" in row.variant else []  # a shortened name
+    seeds_of: dict[int | None, list[int]] = {}
+    for run in sorted(row.runs, key=lambda run: (order_of(run) or 0, run.summary["seed"])):
+        seeds_of.setdefault(order_of(run), []).append(run.summary["seed"])
+    orders_of: dict[tuple[int, ...], list[int | None]] = {}
+    for order, seeds in seeds_of.items():
+        orders_of.setdefault(tuple(seeds), []).append(order)
+    return " && ".join(_command(row, flags, orders, seeds) for seeds, orders in orders_of.items())
+
+
+def _command(row: Row, flags: Sequence[str], orders: Sequence[int | None], seeds: Sequence[int]) -> str:
+    """One command for each of some orders with each of some seeds."""
+    if len(orders) > 1:
+        flags = [*flags, f"--sweep {ORDER_OF_TASKS}={','.join(map(str, orders))}"]
+    elif orders[0]:
+        flags = [*flags, f"--{ORDER_OF_TASKS} {orders[0]}"]
+    if len(orders) == len(seeds) == 1:
+        return " ".join([f"python main_{row.benchmark}.py --method {row.method}", *flags, f"--seed {seeds[0]}"])
     many = f"--only {row.benchmark} --methods {row.method} --seeds {' '.join(map(str, seeds))}"
-    return " ".join(["bash run_experiments.sh paper", many, *flags[1:]])
+    return " ".join(["bash run_experiments.sh paper", many, *flags])
 
 
 def _flag(name: str, value: Any) -> str:
@@ -60,29 +72,40 @@ def cells(row: Row, marks: str) -> dict[str, str]:
     """A row for people, by column heading."""
     paper = row.published
     return {
-        "benchmark": BENCHMARKS.get(row.benchmark, row.benchmark) + marks,
+        "benchmark": BENCHMARKS.get(row.benchmark, row.benchmark),
         "data": row.data,
         "variant": row.variant,
-        "method": row.title + IDENTITY * row.task_identity,
+        "method": row.title + IDENTITY * row.task_identity + marks,
         VALIDATION: spread(row.valid_accuracy, ".2f"),
         "ACC %": spread(row.accuracy, ".2f"),
         "BWT": spread(row.backward_transfer, "+.2f"),
         FORWARD: spread(row.forward_transfer, "+.2f"),
+        CLASS_INCREMENTAL: spread(row.class_incremental, ".2f"),
         "paper ACC": spread(paper.accuracy, ".2f") if paper else NOTHING,
         "paper BWT": spread(paper.backward_transfer, "g") if paper else NOTHING,
         "reproduced": row.verdict,
-        "seeds": str(len(row.runs)),
+        "runs": runs_in_words(row.runs),
         "time a run": duration(row.seconds),
+        "seconds": f"{row.seconds:,.0f}",
         "hardware": row.hardware,
+        "commit": ", ".join(row.commits),
+        "command": command(row),
     }
 
 
-def table(rows: Sequence[Row], validation: bool = False) -> tuple[list[dict[str, str]], list[str]]:
+ORIGIN = ("commit", "command")  # how a row was made
+USUALLY_WITHOUT = ("seconds", *ORIGIN)
+
+
+def table(
+    rows: Sequence[Row], validation: bool = False, without: Collection[str] = USUALLY_WITHOUT
+) -> tuple[list[dict[str, str]], list[str]]:
     """Rows of cells, and the lines that belong under them. What is the same in every row is said once, below.
 
     Args:
         rows: the runs, summed up.
         validation: with the validation accuracy, for a search over hyperparameters.
+        without: headings to leave out.
     """
     numbered = list(dict.fromkeys(note for row in rows for note in row.notes))
     body = []
@@ -91,16 +114,23 @@ def table(rows: Sequence[Row], validation: bool = False) -> tuple[list[dict[str,
         body.append(cells(row, marks))
     notes = [f"[{i}] {note}" for i, note in enumerate(numbered, 1)]
     compared = any(row.published for row in rows)
-    dropped = [] if compared else ["paper ACC", "paper BWT", "reproduced"]
+    dropped = [*without] if compared else [*without, "paper ACC", "paper BWT", "reproduced"]
     dropped += [] if validation else [VALIDATION]
     dropped += [] if any(row.forward_transfer for row in rows) else [FORWARD]
-    for heading in ("data", "hardware"):
+    dropped += [] if any(row.class_incremental for row in rows) else [CLASS_INCREMENTAL]
+    for heading in [name for name in ("data", "hardware") if name not in without]:
         if len({line[heading] for line in body}) == 1:
             notes.append(f"{heading.capitalize()}: {body[0][heading]}.")
             dropped.append(heading)
     body = [{heading: cell for heading, cell in line.items() if heading not in dropped} for line in body]
-    if any(row.forward_transfer for row in rows):
+    shown = body[0] if body else ()
+    if FORWARD in shown:
         notes.append("FWT: mean over tasks 2 … T of the accuracy just after learning minus a single network's, points.")
+    if CLASS_INCREMENTAL in shown:
+        notes.append(
+            f"{CLASS_INCREMENTAL} Accuracy over all tasks where the network must also tell which task an image is of: "
+            "the largest output over the heads of all tasks. ACC is told the task."
+        )
     if any(row.task_identity for row in rows):
         notes.append(
             f"{IDENTITY.strip()} At test the method uses which task an image is of, beyond the choice of a head."
@@ -119,35 +149,32 @@ def as_text(rows: Sequence[Row], problems: Sequence[Problem], validation: bool =
     if body:
         headings = list(body[0])
         width = {h: max(len(h), *(len(line[h]) for line in body)) for h in headings}
-        right = {VALIDATION, "ACC %", "BWT", FORWARD, "paper ACC", "paper BWT", "seeds", "time a run"}
+        right = {VALIDATION, "ACC %", "BWT", FORWARD, CLASS_INCREMENTAL, "paper ACC", "paper BWT", "time a run"}
 
         def joined(line: dict[str, str]) -> str:
             return "  ".join(line[h].rjust(width[h]) if h in right else line[h].ljust(width[h]) for h in headings)
 
         lines = [joined({h: h for h in headings}), "  ".join("-" * width[h] for h in headings), *map(joined, body)]
-    return _paragraphs([line.rstrip() for line in lines], notes, _problem_lines(problems))
+    return _paragraphs([line.rstrip() for line in lines], notes, problem_lines(problems))
 
 
 def as_markdown(
-    rows: Sequence[Row], problems: Sequence[Problem], validation: bool = False, without: Collection[str] = ()
+    rows: Sequence[Row],
+    problems: Sequence[Problem],
+    validation: bool = False,
+    without: Collection[str] = ("seconds",),
 ) -> str:
-    """A table with the command of each row, and the commit of the code that ran it.
-
-    Args:
-        rows, problems, validation: as in the other formats.
-        without: headings to leave out.
-    """
-    body, notes = table(rows, validation)
-    for row, line in zip(rows, body, strict=True):
-        line |= {"command": f"`{command(row)}`", "commit": ", ".join(row.commits)}
-    body = [{heading: cell for heading, cell in line.items() if heading not in without} for line in body]
+    """A table with the command of each row, and the commit of the code that ran it; arguments as those of `table`."""
+    body, notes = table(rows, validation, without)
+    for line in body:
+        line |= {heading: f"`{line[heading]}`" for heading in ("command",) if heading in line}
     lines = []
     if body:
         headings = list(body[0])
         lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
         lines += [f"| {' | '.join(cell.replace('|', '/') for cell in line.values())} |" for line in body]
         # Notes mention |ours - paper| and [1]: neither means anything to Markdown outside a table.
-    return _paragraphs(lines, [f"{note}  " for note in notes], [f"- {line}" for line in _problem_lines(problems)])
+    return _paragraphs(lines, [f"{note}  " for note in notes], [f"- {line}" for line in problem_lines(problems)])
 
 
 def as_latex(rows: Sequence[Row], problems: Sequence[Problem], validation: bool = False) -> str:
@@ -161,7 +188,7 @@ def as_latex(rows: Sequence[Row], problems: Sequence[Problem], validation: bool 
         lines += [" & ".join(map(_latex, line.values())) + r" \\" for line in body]
         lines += ["\\bottomrule", "\\end{tabular}"]
     below = [f"{{\\footnotesize {_latex(note)}\\par}}" for note in notes] if body else []
-    return _paragraphs([*lines, *below], [f"% {line}" for line in _problem_lines(problems)])
+    return _paragraphs([*lines, *below], [f"% {line}" for line in problem_lines(problems)])
 
 
 def _latex(text: str) -> str:
@@ -187,8 +214,10 @@ def as_csv(rows: Sequence[Row], problems: Sequence[Problem], validation: bool = 
             | numbers(row.accuracy, "average_accuracy")
             | numbers(row.backward_transfer, "backward_transfer")
             | numbers(row.forward_transfer, "forward_transfer")
+            | numbers(row.class_incremental, "class_incremental")
             | (numbers(row.valid_accuracy, "valid_accuracy") if validation else {})
-            | {"n": len(row.runs), "seeds": " ".join(map(str, row.seeds)), "seconds": row.seconds}
+            | {"n": len(row.runs), "seeds": " ".join(map(str, row.seeds)), "orders": " ".join(map(str, row.orders))}
+            | {"seconds": row.seconds}
             | {"hardware": row.hardware}
             | numbers(row.published and row.published.accuracy, "paper_average_accuracy")
             | numbers(row.published and row.published.backward_transfer, "paper_backward_transfer")
@@ -204,7 +233,8 @@ def as_csv(rows: Sequence[Row], problems: Sequence[Problem], validation: bool = 
     return text.getvalue()
 
 
-def _problem_lines(problems: Sequence[Problem]) -> list[str]:
+def problem_lines(problems: Sequence[Problem]) -> list[str]:
+    """A line for each run without numbers."""
     return [f"{problem.status}: {problem.path} ({problem.reason})" for problem in problems]
 
 

@@ -4,6 +4,7 @@ bash run_experiments.sh                                   # everything on embedd
 bash run_experiments.sh paper                             # the paper's protocol on the real data
 bash run_experiments.sh paper --seeds 1 2 3 4 5 --only cifar100 pmnist --jobs 2
 bash run_experiments.sh paper --table 1 --jobs 4          # every method of the paper's Table 1, seeds 1 to 5
+bash run_experiments.sh paper --table successors          # GPM and the methods that came after it, seeds 1 to 5
 bash run_experiments.sh paper --only pmnist --sweep threshold=0.9,0.95,0.99    # GPM at each of these values
 bash run_experiments.sh paper --table 1 --ray auto        # on all machines of a Ray cluster
 bash run_experiments.sh paper --n_epochs 20 --device cpu  # flags not listed below go to every script
@@ -50,7 +51,11 @@ def make_parser() -> Parser:
         help=f"instead of gpm and naive: {', '.join(METHODS)}",
     )
     add("--seeds", nargs="+", type=int, metavar="SEED", help="default: each script's own, the released code's")
-    add("--table", type=int, choices=tuple(TABLES), help="with paper: all methods of a table of the paper, seeds 1-5")
+    add(
+        "--table",
+        choices=tuple(TABLES),
+        help="with paper: all methods of a table of the paper, or GPM and the methods that came after it; seeds 1-5",
+    )
     add(
         "--jobs",
         type=int,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-RUN_BYTES = 5 * 2**30  # of memory that a run may take: joint training on 5-datasets holds 4.3 GiB of images
+RUN_BYTES = 6 * 2**30  # of memory that a run may take: joint training on miniImageNet holds 5 GiB of images
 RUNS_ON_A_GPU = 4  # as on a cluster: one small network does not fill it
 
 

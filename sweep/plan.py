@@ -14,9 +14,10 @@ from typing import NamedTuple
 from engine import cli
 from engine.folder import run_folder
 from engine.method import Method, why_not
-from engine.options import Options, results_options
+from engine.options import Options, inherited, results_options
 from gradproj.errors import InputError
 from methods import METHODS
+from report.published import SUCCESSORS
 from sweep.jobs import Job
 
 ROOT = Path(__file__).resolve().parent.parent  # where the scripts are
@@ -25,6 +26,7 @@ ONE_HEAD = ("pmnist",)  # benchmarks whose tasks share one head
 # What `run_experiments.sh` alone runs: sizes at which GPM stands out within minutes on two CPU cores. Longest first.
 EMBEDDED = {
     "five_datasets": "--n_train 60 --n_epochs 8",
+    "miniimagenet": "--n_tasks 5 --n_epochs 8",
     "cifar100": "--n_tasks 5 --n_epochs 8 --lr 0.03 --threshold 0.9",  # noise would fill the memory at the paper's 0.97
     "cifar100_superclass": "--n_tasks 6 --n_epochs 10",
     "pmnist": "--n_tasks 5 --n_epochs 5",
@@ -32,15 +34,17 @@ EMBEDDED = {
 EMBEDDED_METHODS = ("gpm", "naive")
 
 # What `run_experiments.sh paper` runs, with every script's own defaults: the paper's.
-PAPER = dict.fromkeys(("pmnist", "cifar100", "cifar100_superclass", "five_datasets"), ("gpm", "naive"))
-# `--table N`: the paper's tables.
+PAPER = dict.fromkeys(("pmnist", "cifar100", "cifar100_superclass", "five_datasets", "miniimagenet"), ("gpm", "naive"))
+# `--table NAME`: the paper's tables, and GPM beside the methods that came after it.
 TABLES = {
-    1: {
+    "1": {
         "cifar100": ("multitask", "owm", "ewc", "hat", "a_gem", "er", "gpm"),
+        "miniimagenet": ("multitask", "ewc", "hat", "a_gem", "er", "gpm"),
         "five_datasets": ("multitask", "ewc", "hat", "a_gem", "er", "gpm"),
         "pmnist": ("multitask", "ogd", "owm", "ewc", "a_gem", "er", "gpm"),
     },
-    2: {"cifar100_superclass": ("single", "gpm")},
+    "2": {"cifar100_superclass": ("single", "gpm")},
+    "successors": dict.fromkeys(PAPER, ("gpm", *SUCCESSORS)),
 }
 TABLE_SEEDS = (1, 2, 3, 4, 5)
 
@@ -52,7 +56,7 @@ class Wanted(NamedTuple):
         embedded: on embedded data, not by the paper's protocol.
         only: benchmarks; None for those of the plan.
         methods: None for those of the plan.
-        table: of the paper.
+        table: a name in TABLES.
         seeds: None for each script's own.
         sweep: a hyperparameter and its values.
         output_dir: folder that gets everything.
@@ -62,7 +66,7 @@ class Wanted(NamedTuple):
     embedded: bool
     only: Sequence[str] | None
     methods: Sequence[str] | None
-    table: int | None
+    table: str | None
     seeds: Sequence[int] | None
     sweep: tuple[str, tuple[str, ...]] | None
     output_dir: Path
@@ -75,10 +79,10 @@ def make_jobs(wanted: Wanted) -> list[Job]:
     Raises:
         InputError, SystemExit: a script does not take its flags.
     """
-    plan = benchmarks_and_methods(wanted)
+    flags = list(split_flags(wanted.passed_on))
+    plan = benchmarks_and_methods(wanted, flags)
     seeds = wanted.seeds or (TABLE_SEEDS if wanted.table else (None,))  # None: the script's own
     values = wanted.sweep[1] if wanted.sweep else (None,)
-    flags = list(split_flags(wanted.passed_on))
     check_readers(flags, plan)
     jobs = []
     for seed in seeds:
@@ -96,8 +100,8 @@ def make_jobs(wanted: Wanted) -> list[Job]:
     return jobs
 
 
-def benchmarks_and_methods(wanted: Wanted) -> dict[str, list[str]]:
-    """The methods to run on each benchmark, those that fit it."""
+def benchmarks_and_methods(wanted: Wanted, flags: Sequence[Sequence[str]] = ()) -> dict[str, list[str]]:
+    """The methods to run on each benchmark, those that fit it; without what nobody named and cannot run."""
     plan: Mapping[str, Sequence[str]] = TABLES[wanted.table] if wanted.table else PAPER
     if wanted.embedded:
         plan = dict.fromkeys(EMBEDDED, EMBEDDED_METHODS)
@@ -109,12 +113,28 @@ def benchmarks_and_methods(wanted: Wanted) -> dict[str, list[str]]:
         plan = dict.fromkeys(plan, ("gpm",))
     fitting: dict[str, list[str]] = {}
     for benchmark, methods in plan.items():
+        if not wanted.only and (reason := why_it_cannot_run(benchmark, wanted.embedded, flags)):
+            print(f"left out: {benchmark}, {reason}")
+            continue
         reasons = {method: why_not(METHODS[method], many_heads=benchmark not in ONE_HEAD) for method in methods}
         for method, reason in reasons.items():
             if reason:
                 print(f"left out: {benchmark} {method}, which {reason}")
         fitting[benchmark] = [method for method, reason in reasons.items() if not reason]
     return fitting
+
+
+def why_it_cannot_run(benchmark: str, embedded: bool, flags: Sequence[Sequence[str]]) -> str | None:
+    """Why a benchmark cannot run on this machine or with these flags, of reasons that are nobody's fault."""
+    given = {flag_name(flag): flag[0].partition("=")[2] or flag[-1] for flag in flags}
+    field = script_options(benchmark).__dataclass_fields__["protocol"]
+    known = (field.metadata["parser"] or inherited(field).metadata["parser"])["choices"]
+    if given.get("protocol", known[0]) not in known:
+        return f"whose protocols are {' and '.join(known)}"
+    folder = Path(given.get("data_dir", "data"), benchmark)
+    if benchmark == "miniimagenet" and not embedded and not folder.is_dir():
+        return f"which cannot be downloaded and is not in {folder}; python main_{benchmark}.py says where to get it"
+    return None
 
 
 def split_flags(arguments: Sequence[str]) -> Iterator[list[str]]:

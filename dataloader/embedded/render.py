@@ -81,6 +81,16 @@ RECIPES = {
     "svhn": Recipe("0123456789", (18, 24), 0.1, 2, 300, 60, lambda c: paint.sign),
     # The same classes for the superclass benchmark: here those of one superclass share a ground.
     "cifar100_superclass": Recipe(_characters_of_cifar100(), (18, 25), 0.2, 3, 120, 30, _paint_superclass),
+    # Large images, so few of them. Five consecutive classes, a task, share a ground.
+    "miniimagenet": Recipe(
+        "".join(GROUPS),
+        (46, 66),
+        0.2,
+        8,
+        40,
+        12,
+        lambda c: partial(paint.haze, palette=c // 5, n_palettes=20),
+    ),
 }
 
 

@@ -38,6 +38,7 @@ SPECS = {
     "cifar10": Spec((32, 32, 3), 10, 50_000, 10_000),
     "cifar100": Spec((32, 32, 3), 100, 50_000, 10_000),
     "svhn": Spec((32, 32, 3), 10, 73_257, 26_032),
+    "miniimagenet": Spec((84, 84, 3), 100, 50_000, 10_000),
 }
 FILES = tuple(f"{field}.npy" for field in RawSet._fields)
 

@@ -16,7 +16,7 @@ NAMES = tuple(SPECS)
 
 
 def load_raw(name: str, data_dir: str | Path) -> RawSet:
-    """One of the published data sets, downloaded and converted on first use.
+    """One of the published data sets, downloaded (miniImageNet: read from class folders) and converted on first use.
 
     Args:
         name: one of `NAMES`.
@@ -25,7 +25,7 @@ def load_raw(name: str, data_dir: str | Path) -> RawSet:
         images memory-mapped, labels in memory, in stored order.
     Raises:
         InputError: unknown name.
-        DataError: the cache is damaged, or there is none and the download failed.
+        DataError: the cache is damaged, or there is none and no images to make it of.
     """
     if name not in SPECS:
         raise InputError(f"unknown data set {name!r}; known are {', '.join(NAMES)}")
@@ -41,13 +41,21 @@ def _fill_cache(name: str, data_dir: Path, folder: Path) -> None:
         data_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(data_dir / f".{name}.lock"):
             if cache.missing_files(folder):  # else another process filled it while this one waited
-                from dataloader.images.download import download  # torchvision is needed for downloads only
-
-                cache.write_cache(folder, download(name, data_dir))
+                cache.write_cache(folder, _published(name, data_dir))
     except DataError:
         raise
     except Exception as error:  # whatever torchvision, the network or the disk throws, the way out is the same
         raise DataError(_way_out(name, folder, error)) from error
+
+
+def _published(name: str, data_dir: Path) -> RawSet:
+    if name == "miniimagenet":
+        from dataloader.images.miniimagenet import read_folder  # needs Pillow, which the cache does not
+
+        return read_folder(data_dir / name, SPECS[name])
+    from dataloader.images.download import download  # torchvision is needed for downloads only
+
+    return download(name, data_dir)
 
 
 def _way_out(name: str, folder: Path, error: Exception) -> str:
@@ -55,6 +63,8 @@ def _way_out(name: str, folder: Path, error: Exception) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     refusal = re.search(r"urlopen error (?:\[[^]]*\] )?([^>]+)>", reason)  # urllib's wrapping says nothing more
     reason = refusal[1] if refusal else reason
+    if name == "miniimagenet":  # read from a folder, without a download that could have failed
+        return f"{name}: cannot keep the images as arrays in {folder}: {reason[:200]}; they take 1.3 GB"
     files = ", ".join(cache.missing_files(folder))
     archive = " (or notMNIST_small.tar.gz)" if name == "notmnist" else ""
     return (

@@ -68,6 +68,8 @@ def unknown_weight(module: nn.Module, kind: type[Layer]) -> str | None:
     """What is not known of a layer's weight; None if all is."""
     if isinstance(module._parameters.get(kind.weight_name), nn.UninitializedParameter):
         return "has no size yet; run the model once before"
+    if module._parameters.get(kind.weight_name) is not None and module._parameters[kind.weight_name].is_complex():
+        return "has complex weights, which are not supported; exclude it"
     if parametrize.is_parametrized(module) or kind.weight_name not in module._parameters:
         return "makes its weight of other parameters; exclude it, or remove that first"
     if getattr(module, "max_norm", None) is not None:

@@ -16,23 +16,13 @@ from report.plots.memory import mean_columns, memory_growth
 from report.plots.style import Looks, look, shades
 from report.plots.style import save as save_figure
 from report.published import BENCHMARKS
-from report.rows import Row, estimate
+from report.rows import Row, estimate, runs_in_words, summarise, without
 
 Save = Callable[[Figure, str], None]
 
 
 def draw(rows: Sequence[Row], folder: Path, against: str | None = None) -> list[Path]:
-    """Draw everything, as PNG and PDF.
-
-    Args:
-        rows: the runs, summed up.
-        folder: where to.
-        against: a hyperparameter that some rows differ in alone; ACC, BWT and interference are drawn over it.
-    Returns:
-        the files written.
-    Raises:
-        InputError: no two rows differ in `against` alone.
-    """
+    """Draw everything into a folder, as PNG and PDF; returns the files. The rest as `draw_pictures`."""
     written: list[Path] = []
 
     def save(figure: Figure, name: str) -> None:
@@ -41,16 +31,30 @@ def draw(rows: Sequence[Row], folder: Path, against: str | None = None) -> list[
             written.append(folder / f"{name}.{suffix}")
             save_figure(figure, written[-1])
 
+    draw_pictures(rows, save, against)
+    return written
+
+
+def draw_pictures(rows: Sequence[Row], save: Save, against: str | None = None) -> None:
+    """Draw everything.
+
+    Args:
+        rows: the runs, summed up.
+        save: takes each figure and its name.
+        against: a hyperparameter that some rows differ in alone; ACC, BWT and interference are drawn over it.
+    Raises:
+        InputError: no two rows differ in `against` alone.
+    """
     for members in _grouped(rows, lambda row: (row.benchmark, row.data, row.variant)):
         draw_comparison(members, save)
     if against:
-        groups = _grouped(rows, lambda row: (row.benchmark, row.data, row.method, _others(row, against)))
+        apart = summarise([run for row in rows for run in row.runs], join_orders=False)  # perhaps t_order is swept
+        groups = _grouped(apart, lambda row: (row.benchmark, row.data, row.method, without(row.variant, [against])))
         sweeps = [members for members in groups if len({str(_value(row, against)) for row in members}) > 1]
         if not sweeps:
             raise InputError(f"no two of these runs differ in {against} alone, so nothing can be drawn over it")
         for members in sweeps:
             draw_sweep(members, against, save)
-    return written
 
 
 def draw_comparison(rows: Sequence[Row], save: Save) -> None:
@@ -65,6 +69,7 @@ def draw_comparison(rows: Sequence[Row], save: Save) -> None:
     stem = f"{rows[0].data}-{rows[0].benchmark}-{kind}"
     matrices = {name: [run.summary["accuracy"] for run in row.runs] for name, row in shown.items()}
     save(accuracy_over_time(matrices, with_seeds, looks), f"{stem}-accuracy_over_time")
+    draw_class_incremental(shown, looks, title, stem, save)
     scores = {name: (row.accuracy, row.backward_transfer) for name, row in shown.items()}
     save(bars(scores, ("ACC, %", "BWT, points"), with_seeds, (False, True), looks), f"{stem}-methods")
     draw_costs({name: row for name, row in shown.items() if row.method != "multitask"}, looks, title, stem, save)
@@ -101,6 +106,15 @@ def draw_costs(shown: dict[str, Row], looks: Looks, title: str, stem: str, save:
     save(bars(costs, headings, f"{title}\n{_seeds(shown)}", looks=looks), f"{stem}-costs")
 
 
+def draw_class_incremental(shown: dict[str, Row], looks: Looks, title: str, stem: str, save: Save) -> None:
+    """Accuracy over time without the task's identity, of the methods whose runs have it."""
+    shown = {name: row for name, row in shown.items() if row.class_incremental}
+    if shown:
+        matrices = {name: [run.summary["class_incremental"] for run in row.runs] for name, row in shown.items()}
+        heading = f"{title}, class-incremental: the network is not told which task an image is of\n{_seeds(shown)}"
+        save(accuracy_over_time(matrices, heading, looks), f"{stem}-class_incremental")
+
+
 def draw_interference(shown: dict[str, Row], colors: dict[str, Any], title: str, stem: str, save: Save) -> None:
     """Histograms of the interference activations, where two or more rows have recorded them (Figure 3)."""
     found = {name: [run.summary.get("interference") for run in row.runs] for name, row in shown.items()}
@@ -113,7 +127,7 @@ def draw_sweep(rows: Sequence[Row], name: str, save: Save) -> None:
     """ACC, BWT and interference over the values of a hyperparameter."""
     rows = sorted(rows, key=lambda row: _value(row, name))
     labels = [" ".join(map(str, value)) if isinstance(value := _value(row, name), list) else str(value) for row in rows]
-    others = _others(rows[0], name) or "default"
+    others = without(rows[0].variant, [name])
     title = _title(rows[0], others, rows[0].title)
     stem = f"{rows[0].data}-{rows[0].benchmark}-{others}-{rows[0].method}-{name}"
     save(scores_against(labels, rows, name, title), f"{stem}-sweep")
@@ -122,12 +136,12 @@ def draw_sweep(rows: Sequence[Row], name: str, save: Save) -> None:
 
 
 def _seeds(shown: dict[str, Row]) -> str:
-    """How many seeds stand behind a picture of some rows."""
-    counts = {name: len(row.runs) for name, row in shown.items()}
-    if len(set(counts.values())) > 1:
-        return "means ± one standard deviation over seeds: " + ", ".join(f"{name} {n}" for name, n in counts.items())
-    n = next(iter(counts.values()))
-    return f"mean of {n} seeds ± one standard deviation" if n > 1 else f"seed {next(iter(shown.values())).seeds[0]}"
+    """Which runs stand behind a picture of some rows."""
+    words = {runs_in_words(row.runs) for row in shown.values()}
+    counts = [f"{name} {len(row.runs)}" for name, row in shown.items()]
+    runs = words.pop() if len(words) == 1 else f"runs ({', '.join(counts)})"
+    several = any(len(row.runs) > 1 for row in shown.values())
+    return f"mean ± one standard deviation over {runs}" if several else runs
 
 
 def _grouped(rows: Sequence[Row], key: Callable[[Row], tuple]) -> list[list[Row]]:
@@ -135,11 +149,6 @@ def _grouped(rows: Sequence[Row], key: Callable[[Row], tuple]) -> list[list[Row]
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return list(groups.values())
-
-
-def _others(row: Row, name: str) -> str:
-    """A row's variant but for one hyperparameter."""
-    return ",".join(p for p in row.variant.split(",") if p.partition("=")[0] not in (name, "default"))
 
 
 def _value(row: Row, name: str) -> Any:

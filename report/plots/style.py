@@ -5,9 +5,10 @@ Every drawing function returns a Matplotlib figure and leaves Matplotlib's globa
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
@@ -41,18 +42,28 @@ def look(place: int | None, index: int) -> Look:
     return LOOKS[(index if place is None else place) % len(LOOKS)]
 
 
+# What would make each writing of a picture another file.
+LEFT_OUT = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+# In a PDF letters stay letters: searchable, and accepted by publishers.
+SETTINGS = {"pdf.fonttype": 42, "svg.hashsalt": "gradproj"}
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a figure, whole or not at all, in the format that the file name ends with (png, pdf, svg)."""
+    write_atomically(path, lambda file: _write(figure, file, path.suffix.lstrip(".") or "png"))
+
+
+def as_svg(figure: Figure) -> bytes:
+    """A figure as an SVG document."""
+    file = io.BytesIO()
+    _write(figure, file, "svg")
+    return file.getvalue()
+
+
+def _write(figure: Figure, file: BinaryIO, kind: str) -> None:
     FigureCanvasAgg(figure)  # no window system, and no global state as with pyplot
-    kind = path.suffix.lstrip(".") or "png"
-    metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None} if kind == "png" else None
-    with rc_context({"pdf.fonttype": 42}):  # letters stay letters: searchable, and accepted by publishers
-        write_atomically(
-            path,
-            lambda file: figure.savefig(
-                file, format=kind, dpi=160, bbox_inches="tight", pad_inches=0.08, metadata=metadata
-            ),
-        )
+    with rc_context(SETTINGS):
+        figure.savefig(file, format=kind, dpi=160, bbox_inches="tight", pad_inches=0.08, metadata=LEFT_OUT.get(kind))
 
 
 def shades(labels: Sequence[str]) -> dict[str, Any]:

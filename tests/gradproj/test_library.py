@@ -51,7 +51,7 @@ class TestWhatIsFrozen:
     def test_normalisation(self, norm):
         model = nn.Sequential(nn.Linear(D, 8), norm(8), nn.Linear(8, 2))
         memory, before = remembering(model), copy.deepcopy(model[1].state_dict())
-        for p in model.parameters():
+        for p in model[1].parameters():
             p.grad = torch.ones_like(p)  # left from whatever was done before
         with memory.protect():
             torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9).step()

@@ -251,3 +251,13 @@ class TestLocalResponseNorm:
         norm = LocalResponseNorm(6, 4, alpha=0.3, beta=0.75, k=1)
         assert not list(norm.parameters())
         assert not norm.state_dict()
+
+
+def test_resnet18_for_miniimagenet():
+    """Stride 2 in the first convolution, 1440 features; with twenty heads of five classes 1,237,140 parameters."""
+    model = ResNet18([5] * 20, side=84, stride=2)
+    assert sum(p.numel() for p in model.parameters()) == 1_237_140
+    assert model.conv1(torch.zeros(2, 3, 84, 84)).shape == (2, 20, 42, 42)
+    assert model.heads[0].in_features == 1440
+    assert model(torch.rand(2, 3, 84, 84), 19).shape == (2, 5)
+    assert ResNet18(**model.arguments).heads[19].weight.shape == (5, 1440)

@@ -137,7 +137,7 @@ def test_notes_are_numbered_under_the_table_and_keep_rows_apart(tmp_path):
     rows = rows_of(tmp_path)
     assert len(rows) == 2
     text = tables.as_text(rows, [])
-    assert f"[1] {note}" in text and "10-split CIFAR-100 [1]" in text
+    assert f"[1] {note}" in text and "GPM [1]" in text
 
 
 def test_null_backward_transfer_is_a_dash(tmp_path):
@@ -166,6 +166,11 @@ def test_the_same_seed_twice_counts_once(tmp_path):
         '{"finished": true}',
         json.dumps(summary(average_accuracy=math.nan)),
         json.dumps(summary(seed="1")),
+        json.dumps(summary(class_incremental=[["much"]])),
+        json.dumps(summary(valid_accuracy=5)),
+        json.dumps(summary(hyperparameters=[1])),
+        json.dumps(summary(tasks="digits")),
+        json.dumps(summary(place="first")),
     ],
 )
 def test_damaged_runs_are_listed(tmp_path, content, capsys):
@@ -306,25 +311,87 @@ def test_collect_then_readme(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("page", "kind"), [("README.md", "readme"), ("docs/results.md", "page")])
+@pytest.mark.parametrize(
+    ("page", "kind"),
+    [("README.md", "readme"), ("docs/results.md", "page"), ("docs/successors.md", "successors")],
+)
 def test_the_pages_tables_are_what_the_results_say(page, kind):
     parts = pages.split_page((ROOT / page).read_text(encoding="utf-8"))
     runs, problems = summaries.find_runs([ROOT / "results" / "real"])
     assert not problems
     expected = pages.block(pages.PAGES[kind](comparison.summarise(runs), problems))
-    assert parts[1] == expected, "run: python -m report results/real --readme README.md --page docs/results.md"
+    assert parts[1] == expected, f"run: python -m report results/real --{kind} {page}"
 
 
-def test_the_short_table_has_the_row_nearest_to_the_paper_for_each_benchmark_and_method(tmp_path):
+def test_successors_stand_beside_gpm_with_source_and_costs(tmp_path):
+    write(
+        tmp_path / "a",
+        method="trgp",
+        title="TRGP",
+        place=3,
+        task_identity=True,
+        variant="n_epochs=20",
+        memory_floats=1_234_567,
+    )
+    write(tmp_path / "b", variant="n_epochs=20", memory_floats=1)
+    write(tmp_path / "c", variant="n_epochs=10", memory_floats=2)
+    write(tmp_path / "d", method="ewc", variant="n_epochs=20")
+    write(tmp_path / "e", method="naive", benchmark="pmnist", memory_floats=0)
+    write(
+        tmp_path / "f",
+        method="dfgp",
+        title="DFGP",
+        place=1,
+        task_identity=False,
+        average_accuracy=74.0,
+        backward_transfer=-1.0,
+        memory_floats=3,
+    )
+    write(tmp_path / "g", method="fs_dgpm", title="FS-DGPM", place=2, task_identity=False, memory_floats=4)
+    write(tmp_path / "h", method="sgp", memory_floats=5, data={"kind": "embedded", "notes": []})
+    lines = [line.strip("| ").split(" | ") for line in pages.successor_tables(rows_of(tmp_path), []).splitlines()]
+    assert lines[0] == ["## 10-split CIFAR-100"] and not any("permuted" in line[0] for line in lines)
+    assert [(line[0], line[1]) for line in lines if len(line) > 2][2:] == [
+        ("DFGP", "default"),
+        ("FS-DGPM", "default"),
+        ("GPM", "n_epochs=20"),
+        ("TRGP ‡", "n_epochs=20"),
+    ]
+    dfgp, fs_dgpm, _, trgp = [line for line in lines if len(line) > 2][2:]
+    assert dfgp[4:9] == ["74.59", "-0.85", "authors' logs", "yes", "3"]
+    assert fs_dgpm[7] == "not comparable: published under another protocol"
+    assert trgp[7:] == ["not comparable: variant", "1,234,567", "60 s", "seed 1"]
+
+
+def test_the_short_table_has_what_is_compared_and_gpm_and_naive(tmp_path):
     write(tmp_path / "a", variant="n_epochs=20", average_accuracy=70.0)
     write(tmp_path / "b", average_accuracy=71.0)
     write(tmp_path / "c", method="ewc", variant="n_epochs=10", average_accuracy=61.0)
-    write(tmp_path / "d", method="ewc", variant="n_epochs=20", average_accuracy=62.0, seconds={"total": 99.0})
-    write(tmp_path / "e", method="naive", data={"kind": "embedded", "notes": []})
+    write(tmp_path / "d", method="owm", average_accuracy=62.0)
+    for name, seconds in (("e", 60.0), ("f", 99.0)):
+        changes = {"variant": f"n_epochs={seconds}", "average_accuracy": seconds, "seconds": {"total": seconds}}
+        write(tmp_path / name, method="naive", **changes)
+    write(tmp_path / "g", method="naive", benchmark="pmnist", data={"kind": "embedded", "notes": []})
     text = pages.short_table(rows_of(tmp_path), [])
-    assert [line.split(" | ")[3] for line in text.splitlines() if line.startswith("| 10-split")] == ["62.00", "71.00"]
-    assert "python main" not in text
-    assert "| 70.00 |" in pages.all_tables(rows_of(tmp_path), [])
+    assert [line.split(" | ")[3] for line in text.splitlines() if line.startswith("| 10-split")] == [
+        *("62.00", "71.00", "99.00")
+    ]
+    assert "python main" not in text and "commit" not in text and "embedded" not in text
+
+
+def test_the_page_has_every_row_with_its_origin(tmp_path):
+    write(tmp_path / "a", variant="n_epochs=20", average_accuracy=70.0, seconds={"total": 3600.4}, commit="abc")
+    write(tmp_path / "b", average_accuracy=71.0, device="other")
+    write(tmp_path / "c", benchmark="pmnist", data={"kind": "real", "notes": ["mnist: 3 of 4 images"]})
+    text = pages.all_tables(rows_of(tmp_path), [])
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## permuted MNIST",
+        "## 10-split CIFAR-100",
+    ]
+    (line,) = [line for line in text.splitlines() if line.startswith("| n_epochs=20 |")]
+    for cell in ("| 3,600 |", "| Intel Xeon Processor, 1 thread |", "| abc |", "main_cifar100.py", "| seed 1 |"):
+        assert cell in line
+    assert "| GPM [1] |" in text
 
 
 def test_forward_transfer_is_against_the_network_of_the_same_seed(tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import main_cifar100
 import main_cifar100_superclass
 import main_five_datasets
+import main_miniimagenet
 import main_pmnist
 from dataloader.embedded import render as embedded
 from engine.cli import parse
@@ -19,7 +20,7 @@ from gradproj.errors import DivergenceError, InputError
 from methods import METHODS
 from tests.faults import COUNTS
 
-SCRIPTS = (main_pmnist, main_cifar100, main_cifar100_superclass, main_five_datasets)
+SCRIPTS = (main_pmnist, main_cifar100, main_cifar100_superclass, main_five_datasets, main_miniimagenet)
 JUNK = [
     *("", " ", "-", "--", "0", "-0", "1", "2", "-1", "3.5", "1e400", "-1e400", "nan", "inf", "-inf", "1e-320", "1_0"),
     *("9" * 18, "9" * 40, "0x10", "٣", "½", "all", "ALL", "none", "None", "true", "=", "fc1=", "=3", "fc1=3", "fc1=-3"),

@@ -1,4 +1,4 @@
-"""The four scripts end to end, on a few rendered images; and what they say to input that cannot be used."""
+"""The scripts end to end, on a few rendered images; and what they say to input that cannot be used."""
 
 import dataclasses
 import importlib
@@ -16,8 +16,8 @@ import torch
 
 from dataloader.embedded import render as embedded
 from engine import hardware
-from engine.cli import script
-from engine.options import Options, default_of, with_flags
+from engine.cli import parse, script
+from engine.options import Options, default_of, overridden, variant, with_flags
 from methods import METHODS
 from tests import ROOT
 
@@ -27,14 +27,20 @@ SCRIPTS = {
     "main_cifar100": (["cifar100"], [], 10),
     "main_cifar100_superclass": (["cifar100"], ["--t_order", "1"], 20),
     "main_five_datasets": (["notmnist", "mnist"], ["--datasets", "notmnist", "mnist"], 5),
+    "main_miniimagenet": (["miniimagenet"], [], 20),
 }
-FEW_SAMPLES = {"main_five_datasets": "--n_samples 10 --samples conv1=5 layer4=10".split()}  # of method gpm
+# Of method gpm.
+FEW_SAMPLES = dict.fromkeys(
+    ("main_five_datasets", "main_miniimagenet"), "--n_samples 10 --samples conv1=5 layer4=10".split()
+)
 # Flags of the authors' released scripts, which must keep their meaning.
 RELEASED = (
     "--n_epochs 1 --batch_size_train 16 --batch_size_test 32 --seed 5 --pc_valid 0.2 --lr 0.02 --momentum 0.1 "
     "--lr_min 0.001 --lr_patience 2 --lr_factor 2"
 ).split()
 TINY = ["--data", "embedded", "--n_tasks", "2", "--n_train", "5", "--device", "cpu", *RELEASED]
+
+TINY_VARIANT = "n_tasks=2,n_train=5,n_epochs=1,batch_size_train=16"
 
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 
@@ -117,6 +123,33 @@ def test_released_protocol(name, tiny_run, tmp_path):
         assert released["accuracy"] != paper["accuracy"]
 
 
+def test_a_protocol_has_its_own_defaults_under_the_command_lines():
+    def options(*argv: str) -> Options:
+        return parse(importlib.import_module("main_miniimagenet").Hyperparameters, METHODS, argv, None)[0]
+
+    paper, later, mine = options(), options("--protocol", "later"), options("--protocol", "later", "--n_epochs", "10")
+    assert (paper.n_epochs, paper.batch_size_train, paper.pc_valid) == (10, 10, 0.02)
+    plateau = (later.lr, later.lr_min, later.lr_patience, later.lr_factor, later.pc_valid, later.threshold)
+    assert (later.n_epochs, later.batch_size_train, *plateau) == (100, 64, 0.1, 1e-3, 5, 3.0, 0.02, (0.985,))
+    assert (mine.n_epochs, mine.batch_size_train) == (10, 64)
+    named = [variant(each, METHODS["gpm"]) for each in (paper, later, mine)]
+    assert named == ["default", "protocol=later", "protocol=later,n_epochs=10"]
+    assert not overridden(later, METHODS["gpm"])  # no method takes anything from the script
+    assert overridden(options("--protocol", "later", "--method", "hat"), METHODS["hat"]) == [
+        "lr is 0.05, hat's own, instead of the script's 0.1"
+    ]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_by_the_later_protocol_can_be_repeated(tiny_run, tmp_path):
+    summary = tiny_run("main_miniimagenet", tmp_path, "--protocol", "later", "--quiet")
+    config = Path(summary["folder"]) / "config.json"
+    assert f"/protocol=later,{TINY_VARIANT}" in summary["folder"]
+    again = main("main_miniimagenet", "--config", config, "--output_dir", tmp_path / "again", "--quiet")
+    assert again["accuracy"] == summary["accuracy"] and again["variant"] == summary["variant"]
+    assert [task["name"] for task in summary["tasks"]] == ["classes 0 to 4", "classes 5 to 9"]
+
+
 def shown(default: object) -> str:
     if isinstance(default, dict):
         return " ".join(f"{key}={value}" for key, value in default.items())
@@ -131,6 +164,7 @@ def test_help_shows_every_flag_with_its_meaning_and_default(name, monkeypatch, c
     assert stopped.value.code == 0
     entries = re.split(r"\n  (?=--)", capsys.readouterr().out)  # one a flag
     script = list(dataclasses.fields(importlib.import_module(name).Hyperparameters))
+    by_protocol = importlib.import_module(name).Hyperparameters.by_protocol
     of_methods = [field for method in METHODS.values() for field in dataclasses.fields(with_flags(Options, method))]
     for field in {field.name: field for field in [*of_methods, *script]}.values():
         (entry,) = [entry for entry in entries if re.match(rf"--{field.name}\s", entry)]
@@ -140,6 +174,7 @@ def test_help_shows_every_flag_with_its_meaning_and_default(name, monkeypatch, c
         default = default_of(field)
         if default not in (None, False, {}):
             own = "; ogd 0.001; hat 0.05" if field.name == "lr" else ""  # of the methods
+            own += "".join(f"; {key} {usual[field.name]}" for key, usual in by_protocol.items() if field.name in usual)
             assert f"(default: {shown(default)}{own})" in entry
 
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from methods import METHODS
+from report.published import SUCCESSORS
 from sweep import __main__ as sweep
 from sweep import jobs, machine, plan
 from tests import ROOT
@@ -52,7 +53,7 @@ def commands(*argv):
 def test_without_arguments_all_benchmarks_run_on_embedded_data_with_both_methods():
     found = commands()
     assert {Path(script).name for script, *_ in found} == {f"main_{name}.py" for name in plan.PAPER}
-    assert len(found) == 8
+    assert len(found) == 10
     assert all(flags[:2] == ("--data", "embedded") for _, *rest in found for flags in [tuple(rest)])
     assert {flags[flags.index("--method") + 1] for flags in found} == {"gpm", "naive"}
 
@@ -68,16 +69,43 @@ def test_paper_passes_seeds_and_unknown_flags_on():
     assert "--seed" not in commands("paper")[0]
 
 
-def test_a_table_is_methods_by_benchmarks_by_seeds():
-    found = commands("paper", "--table", "1")
+def test_a_table_is_methods_by_benchmarks_by_seeds(tmp_path):
+    found = commands("paper", "--table", "1", "--only", "cifar100", "five_datasets", "pmnist")
     assert len(found) == (7 + 6 + 7) * 5
-    assert {command[command.index("--method") + 1] for command in found} == set(METHODS) - {"naive", "single"}
-    assert len(commands("paper", "--table", "1", "--methods", "gpm", "naive")) == 3 * 2 * 5
+    assert {command[command.index("--method") + 1] for command in found} == set(METHODS) - {
+        "naive",
+        "single",
+        *SUCCESSORS,
+    }
+    (tmp_path / "miniimagenet").mkdir()
+    assert len(commands("paper", "--table", "1", "--methods", "gpm", "naive", "--data_dir", str(tmp_path))) == 4 * 2 * 5
+
+
+def test_benchmarks_that_cannot_run_are_left_out_unless_they_are_named(tmp_path, capsys):
+    given = ("paper", "--data_dir", str(tmp_path))
+    assert not any("main_miniimagenet" in command[0] for command in commands(*given))
+    folder = tmp_path / "miniimagenet"
+    expected = f"left out: miniimagenet, which cannot be downloaded and is not in {folder}; python main_miniimagenet.py"
+    assert expected in capsys.readouterr().out
+    assert len(commands(*given, "--only", "miniimagenet")) == 2
+    folder.mkdir()
+    assert len(commands(*given)) == 2 * len(plan.PAPER)
+    for flags in (["--protocol", "released"], ["--protocol=released"]):
+        assert len(commands(*given, *flags)) == 2 * (len(plan.PAPER) - 1)
+        assert "left out: miniimagenet, whose protocols are paper and later\n" in capsys.readouterr().out
+    assert len(commands(*given, "--protocol", "paper")) == 2 * len(plan.PAPER)
+
+
+def test_the_successors_table_is_gpm_and_what_came_after_it():
+    found = commands("paper", "--table", "successors", "--seeds", "1", "--only", "pmnist")
+    methods = [command[command.index("--method") + 1] for command in found]
+    assert methods == ["gpm", "dual_gpm", "sgp", "dfgp", "trgp", "code_cl", "cuber", "fs_dgpm", "adam_nscl"]
+    assert len(commands("paper", "--table", "successors", "--data_dir", "nowhere")) == (len(plan.PAPER) - 1) * 9 * 5
 
 
 def test_methods_that_do_not_fit_a_benchmark_are_left_out(capsys):
-    found = commands("paper", "--methods", "hat", "ogd", "gpm")
-    assert len(found) == 2 * len(plan.PAPER)
+    found = commands("paper", "--methods", "hat", "ogd", "gpm", "--only", *set(plan.PAPER) - {"miniimagenet"})
+    assert len(found) == 2 * 4
     assert not any("hat" in command and "main_pmnist" in command[0] for command in found)
     assert {command[0] for command in found if "ogd" in command} == {str(ROOT / "main_pmnist.py")}
     assert "left out: pmnist hat, which is for networks with a head for each task\n" in capsys.readouterr().out
@@ -90,7 +118,7 @@ def test_methods_that_do_not_fit_a_benchmark_are_left_out(capsys):
     [
         (8, 2, None, 24, 2),
         (1, 2, None, 24, 1),
-        (100, 64, None, 64, 12),
+        (100, 64, None, 64, 10),
         (8, 4, None, 1, 1),
         (8, 16, 80, 128, 4),  # a quarter of a GPU each
         (8, 16, 12, 128, 2),  # as many as its memory holds

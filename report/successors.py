@@ -1,0 +1,39 @@
+"""GPM beside the methods that came after it: what they reach, what is published, and what they cost."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from itertools import groupby
+
+from report.published import BENCHMARKS, ORDER, SUCCESSORS
+from report.rows import Row
+from report.runs import Problem
+from report.tables import IDENTITY, NOTHING, cells
+
+BESIDE = ("gpm", "naive")
+HEADINGS = ("method", "variant", "ACC %", "BWT", "paper ACC", "paper BWT", "source", "reproduced")
+COSTS = ("numbers stored", "time a run", "runs")
+
+
+def successor_tables(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
+    """A heading and a table for each benchmark that one of GPM's successors ran on."""
+    parts = []
+    for benchmark, members in groupby((row for row in rows if row.data == "real"), lambda row: row.benchmark):
+        shown = list(members)
+        variants = {"default"} | {row.variant for row in shown if row.method in SUCCESSORS}
+        shown = [row for row in shown if row.method in SUCCESSORS or (row.method in BESIDE and row.variant in variants)]
+        if any(row.method in SUCCESSORS for row in shown):
+            shown.sort(key=lambda row: (row.variant != "default", row.variant, ORDER.index(row.method)))
+            parts += [f"## {BENCHMARKS[benchmark]}", _table(shown)]
+    mark = f"{IDENTITY.strip()} At test the method uses which task an image is of, beyond the choice of a head."
+    return "\n\n".join([*parts, mark]) + "\n"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    lines = [HEADINGS + COSTS, ("---",) * len(HEADINGS + COSTS)]
+    for row in rows:
+        found = cells(row, "") | {"source": row.published.source if row.published else NOTHING}
+        found["numbers stored"] = f"{statistics.fmean(run.summary['memory_floats'] for run in row.runs):,.0f}"
+        lines.append(tuple(found[heading] for heading in HEADINGS + COSTS))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
