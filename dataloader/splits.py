@@ -127,4 +127,5 @@ def class_task(
         train=split(opened.train, rows[train]),
         valid=split(opened.train, rows[valid]),
         test=split(opened.test, opened.test.rows_of(classes)),
+        classes=tuple(map(int, classes)),
     )
