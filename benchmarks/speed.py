@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = str(args.threads)
     sys.path.insert(0, str(HERE.parent))
     from benchmarks import table
+    from engine.progress import tolerate_consoles
+
+    tolerate_consoles()
 
     if not args.no_run:
         path = run(args)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import Tensor, nn
 
 from engine.torchvision import import_torchvision
@@ -39,7 +41,9 @@ def features(name: str) -> tuple[nn.Module, int]:
     """A network without its last layer, and the size of what it gives."""
     models = import_torchvision("models")
     if name in models.list_models(module=models):
-        network = models.get_model(name, weights=None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of how its weights may begin one day
+            network = models.get_model(name, weights=None)
         layers = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
         if not layers or network.get_submodule(layers[-1]).out_features != 1000:  # ImageNet's classes
             raise InputError(f"{name} does not end in a Linear layer, so it cannot be given other heads")
