@@ -70,6 +70,18 @@ for name in ("torch", "torchvision", "numpy", "scipy", "matplotlib", "pillow"):
     return $status
 }
 
+# Sets $python to an interpreter that has all of the requirements file "$1" already; else fails, installing nothing.
+find_ready_python() {
+    local candidate
+    for candidate in "$(find_python)" .venv/bin/python; do
+        if [ -x "$candidate" ]; then
+            python=$candidate
+            [ -n "$(missing_requirements "$python" "$1")" ] || return 0
+        fi
+    done
+    return 1
+}
+
 # Sets $python to an interpreter that has all of the requirements file "$1"; ends the script where there is none.
 prepare_python() {
     local requirements=$1 own=.venv/bin/python base

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from engine.distributed import added, shared
+from engine.method import Method
 from engine.task import Split, batches
+from gradproj import normalization
+
+
+@contextmanager
+def network_for(t: int, method: Method, statistics: Sequence[normalization.Statistics]) -> Iterator[nn.Module]:
+    """The network as a method tests it on task t, in eval mode.
+
+    Args:
+        t: the task.
+        method: with the model.
+        statistics: by task, BatchNorm's to test with; empty where those of the test batch are used.
+    """
+    fixed = normalization.fixed_statistics(method.model, statistics[t]) if statistics else nullcontext()
+    with fixed, method.testing(t):
+        yield method.model.eval()
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from engine.interrupts import Stopped, deferred, stoppable
 from engine.loading import describe, describe_model
 from engine.method import Method
 from engine.options import Options, check, hyperparameters, overridden, results_options, variant
-from engine.progress import Progress, print_result
+from engine.progress import Progress, print_result, tolerate_consoles
 from engine.run_tasks import RunTasks
 from engine.same import check_same, of_summary
 from engine.shorter import from_shorter
@@ -60,6 +60,7 @@ def run(options: Options, benchmark: Benchmark, model: nn.Module, method: Method
         DivergenceError: a loss is infinite or NaN.
         Stopped: by SIGTERM or SIGINT; the last epoch boundary is saved.
     """
+    tolerate_consoles()
     check(options)
     check_belonging(options, model, method)
     distributed.check_shareable(method)

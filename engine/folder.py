@@ -108,12 +108,18 @@ def keep_weights(folder: Path, t: int, weights: dict[str, Tensor]) -> None:
     save_tensors(folder / KEPT.format(t), weights)
 
 
-def kept_weights(folder: Path, t: int) -> dict[str, Tensor] | None:
-    """What `keep_weights` kept; None where nothing was.
+def weights_after(t: int, folder: Path, state: dict[str, Any]) -> dict[str, Tensor] | None:
+    """What training moved, as it was after a task of a run; None where that was not kept.
 
+    Args:
+        t: the task.
+        folder: of the run.
+        state: its checkpoint.
     Raises:
         InputError: the file is damaged.
     """
+    if t == state["position"] - 1 and state["task_progress"] is None:
+        return state["model"]
     path = folder / KEPT.format(t)
     return load_tensors(path) if path.exists() else None
 

@@ -17,14 +17,14 @@ from tests import ROOT
 ROOMS = ("gradproj", "models", "engine", "dataloader", "methods", "report", "sweep", "benchmarks")
 MAY_IMPORT = {
     "gradproj": (),
-    "models": (),
+    "models": ("engine", "gradproj"),
     "engine": ("gradproj",),
     "dataloader": ("engine", "gradproj"),
     "methods": ("engine", "gradproj"),
     "report": ("engine", "gradproj"),
     "main_*": ("dataloader", "methods", "report", "models", "engine", "gradproj"),
 }
-FROM_OUTSIDE = {"gradproj": {"torch", "numpy"}, "models": {"torch", "numpy"}}
+FROM_OUTSIDE = {"gradproj": {"torch", "numpy"}, "models": {"torch", "numpy", "timm"}}
 INTEGRATED = {"lightning.py": "lightning", "huggingface.py": "transformers", "avalanche.py": "avalanche"}
 
 

@@ -123,7 +123,7 @@ def test_nothing_that_a_summary_says_becomes_html(tmp_path, page):
 
 
 def test_cells_of_a_matrix():
-    first, second = matrix_cells([[100.0, None], [7.25, 50.0]])
+    first, second = matrix_cells([[100.0, None], [7.25, 50.0]], [])
     assert first == [{"text": "100.0", "style": "background:#fde725;color:#000"} | first[0], None]
     assert second[0]["tip"] == "7.25 % on task 1 after learning task 2"
     assert second[0]["style"].endswith("color:#fff")
