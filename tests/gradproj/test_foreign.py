@@ -337,6 +337,19 @@ class TestLeaks:
         assert verified.others == ["0.weight", "0.bias"]
         assert not verified.holds
 
+    def test_a_layer_frozen_since(self):
+        model = mlp()
+        memory = GradientProjectionMemory(model)
+        model[0].requires_grad_(False)
+        memory.update(model, [OLD], threshold=1.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with memory.protect(optimizer):
+            model(NEW).square().mean().backward()
+            optimizer.step()
+        verified = memory.verify(model, OLD)
+        assert verified.holds
+        assert verified.layers["0"].moved == 0
+
     def test_another_number_of_inputs_since(self):
         memory = remembering(model := mlp())
         model[4].weight = nn.Parameter(torch.randn(4, 9))
