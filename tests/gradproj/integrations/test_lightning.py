@@ -129,6 +129,18 @@ def test_mixed_precision(is_protected):
     assert (moved <= 3 * torch.finfo(torch.bfloat16).eps, report.holds) == (is_protected, is_protected)
 
 
+def test_inputs_are_gathered_in_the_trainers_precision():
+    module, under_autocast = Module(), []
+
+    def forward(inputs: Tensor) -> Tensor:
+        under_autocast.append(torch.is_autocast_enabled("cpu"))
+        return module(inputs)
+
+    callback = GradientProjectionCallback(GradientProjectionMemory(module), 1.0, samples=[OLD], forward=forward)
+    trainer(callback, precision="bf16-mixed").fit(module, loader(0))
+    assert under_autocast and all(under_autocast)
+
+
 def test_the_first_task_is_trained_as_without_the_callback():
     bare, watched = Module(), Module()
     callback = GradientProjectionCallback(GradientProjectionMemory(watched), 1.0)
