@@ -37,6 +37,7 @@ def vit_b(short: bool) -> tuple[nn.Module, Tensor]:
 
 
 def gpt2(short: bool) -> tuple[nn.Module, Tensor]:
+    declare_vision_operators()
     from transformers import GPT2Config, GPT2LMHeadModel
 
     size = {"n_embd": 48, "n_layer": 2} if short else {}

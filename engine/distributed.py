@@ -8,6 +8,7 @@ does for itself, from the same images.
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from engine.interrupts import Stopped
+from engine.interrupts import Stopped, ending_with_parent
 from gradproj.distributed import alone
 from gradproj.errors import InputError
 from gradproj.normalization import batch_norms
@@ -64,6 +65,8 @@ def joined() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
+    if (follow := ending_with_parent(signal.SIGTERM)) is not None:
+        follow()  # torchrun's own end, however that happens
     _store, number, n = next(distributed.rendezvous("env://"))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, store=distributed.PrefixStore("run", _store), rank=number, world_size=n)
