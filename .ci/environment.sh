@@ -14,7 +14,7 @@ import pathlib
 import re
 import sys
 
-MODULES = {"pillow": "PIL"}  # where the names differ
+MODULES = {"pillow": "PIL", "avalanche-lib": "avalanche"}  # where the names differ
 
 
 def lines(path):
@@ -68,6 +68,18 @@ for name in ("torch", "torchvision", "numpy", "scipy", "matplotlib", "pillow"):
     local status=$?
     rm -rf "$scratch"
     return $status
+}
+
+# Sets $python to an interpreter that has all of the requirements file "$1" already; else fails, installing nothing.
+find_ready_python() {
+    local candidate
+    for candidate in "$(find_python)" .venv/bin/python; do
+        if [ -x "$candidate" ]; then
+            python=$candidate
+            [ -n "$(missing_requirements "$python" "$1")" ] || return 0
+        fi
+    done
+    return 1
 }
 
 # Sets $python to an interpreter that has all of the requirements file "$1"; ends the script where there is none.

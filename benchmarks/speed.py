@@ -25,7 +25,9 @@ NAMES = ("mlp", "alexnet", "lenet", "resnet18")
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--quick", action="store_true", help="fewer repetitions; written under another name")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores; the MLP takes one)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, …; auto is cuda where there is one")
@@ -56,10 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = str(args.threads)
     sys.path.insert(0, str(HERE.parent))
     from benchmarks import table
+    from engine.progress import tolerate_consoles
+
+    tolerate_consoles()
 
     if not args.no_run:
         path = run(args)
-        print(table.markdown(json.loads(path.read_text())))
+        print(table.markdown(json.loads(path.read_text(encoding="utf-8"))))
     else:
         print(table.all_results(args.output_dir))
     if args.readme is not None:
@@ -98,7 +103,7 @@ def run(args: argparse.Namespace) -> Path:
     for name in args.only:
         print(f"measuring {CASES[name].title} …", file=sys.stderr, flush=True)
         result = measure(CASES[name], Stopwatch(device, args.clock), QUICK if args.quick else FULL)
-        recorded = json.loads(path.read_text()) if path.exists() else {}
+        recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         recorded[name] = result | {"environment": environment}
         write_json(path, {name: recorded[name] for name in NAMES if name in recorded})
     return path

@@ -84,7 +84,7 @@ def ratio(spread: dict[str, float], form: str = ".2f") -> str:
 def all_results(folder: Path) -> str:
     """Every full measurement recorded in a folder."""
     paths = sorted(path for path in folder.glob("*.json") if not path.stem.endswith("-quick"))
-    recorded = [json.loads(path.read_text()) for path in paths]
+    recorded = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     parts = [markdown(results) for results in recorded]
     devices = {result["environment"]["device"] for results in recorded for result in results.values()}
     if "cuda" not in devices:
@@ -98,8 +98,8 @@ def rewrite(path: Path, text: str) -> None:
     Raises:
         ValueError: the file has no pair of markers.
     """
-    content = path.read_text()
+    content = path.read_text(encoding="utf-8")
     if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
         raise ValueError(f"{path} must hold {BEGIN} and, after it, {END}, once each")
     before, rest = content.split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")

@@ -9,7 +9,7 @@ import torch
 
 from dataloader.sets import Part, open_sets
 from dataloader.splits import PERMUTATION, check_common, limit_per_class, n_held_out, normalise, task_generator
-from engine.task import Benchmark, LazyTasks, Split, Task
+from engine.task import Benchmark, HeldOut, LazyTasks, Split, Task
 
 MEAN, STD = (0.1307,), (0.3081,)
 
@@ -53,18 +53,19 @@ def load(
     train, test = _flat(mnist.train, order, device), _flat(mnist.test, mnist.test.order, device)
     n_valid = n_held_out(len(order), pc_valid)
 
-    def build(t: int) -> Task:
-        permutation = torch.from_numpy(task_generator(seed, t, PERMUTATION).permutation(28 * 28)).to(device)
-        permuted = train.images.index_select(1, permutation)
-        return Task(
-            name=f"permutation {t}",
-            n_classes=10,
-            train=Split(permuted[n_valid:], train.labels[n_valid:]),
-            valid=Split(permuted[:n_valid].clone(), train.labels[:n_valid]),  # a view would keep all of it in memory
-            test=Split(test.images.index_select(1, permutation), test.labels),
-        )
+    valid, train = (Split(train.images[rows], train.labels[rows]) for rows in (slice(n_valid), slice(n_valid, None)))
 
-    return Benchmark("pmnist", data, LazyTasks(n_tasks, build), opened.sources, notes)
+    def permuted(split: Split, t: int) -> Split:
+        permutation = torch.from_numpy(task_generator(seed, t, PERMUTATION).permutation(28 * 28)).to(device)
+        return Split(split.images.index_select(1, permutation), split.labels)
+
+    def held_out(t: int) -> HeldOut:
+        return HeldOut(permuted(valid, t), permuted(test, t))
+
+    def build(t: int) -> Task:
+        return Task(f"permutation {t}", 10, permuted(train, t), *held_out(t))
+
+    return Benchmark("pmnist", data, LazyTasks(n_tasks, build, held_out), opened.sources, notes)
 
 
 def _sorted_by_class(labels: np.ndarray) -> bool:

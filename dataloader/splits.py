@@ -13,7 +13,7 @@ from engine.task import Split, Task
 from gradproj.errors import InputError
 
 # What a generator is for is part of its seed, so that two choices of one task never share their numbers.
-PERMUTATION, VALIDATION, CLASS_ORDER = range(3)
+PERMUTATION, VALIDATION, CLASS_ORDER, TEST = range(4)
 
 
 def task_generator(seed: int, t: int, purpose: int) -> np.random.Generator:
@@ -127,4 +127,5 @@ def class_task(
         train=split(opened.train, rows[train]),
         valid=split(opened.train, rows[valid]),
         test=split(opened.test, opened.test.rows_of(classes)),
+        classes=tuple(map(int, classes)),
     )

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from engine import hardware
+from engine.distributed import is_first_to_say, joined
 from engine.interrupts import Stopped, stoppable
 from engine.method import Method
 from engine.options import Options, check, default_of, defaults, inherited, is_read, with_flags
+from engine.progress import tolerate_consoles
 from gradproj.errors import DivergenceError, InputError
 
 METAVARS = {int: "N", float: "X"}
@@ -30,7 +32,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
+        line = f"{self.prog}: error: {' '.join(message.split())} (see --help)\n"
+        self.exit(2, line if is_first_to_say(line) else None)
 
 
 def parse(
@@ -119,9 +122,23 @@ def add_flag(parser: Any, field: dataclasses.Field, options: type[Options], meth
         arguments.setdefault("type", type(default))
     else:
         arguments.setdefault("type", int)
+    if arguments.get("type") not in (None, int, float, str):
+        arguments["type"] = _with_its_message(arguments["type"])
     if "action" not in arguments and "choices" not in arguments:
         arguments.setdefault("metavar", METAVARS.get(arguments["type"], "NAME"))
     parser.add_argument(f"--{field.name}", help=help, **arguments)
+
+
+def _with_its_message(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A converter whose own words argparse prints; of a ValueError it would say no more than the function's name."""
+
+    def converted(text: str) -> Any:
+        try:
+            return convert(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return converted
 
 
 def _shown_default(field: dataclasses.Field, options: type[Options], methods: Methods) -> str:
@@ -163,7 +180,7 @@ def read_config(path: Path, options: type[Options], methods: Methods, parser: Pa
         SystemExit: a value that its flag would not take either.
     """
     try:
-        values = dict(json.loads(path.read_text())["hyperparameters"])
+        values = dict(json.loads(path.read_text(encoding="utf-8"))["hyperparameters"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not the config.json of a run: {error!r}") from error
     name = values.get("method", default_of(options.__dataclass_fields__["method"]))
@@ -207,12 +224,18 @@ def _is_a_default(name: str, value: Any, options: type[Options], methods: Method
 def script(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
     """Run a script's main; what went wrong is one line on stderr and the error's exit code."""
     program = Path(sys.argv[0]).name
+    tolerate_consoles()
     hardware.flush_denormals()
-    warnings.showwarning = lambda message, *_: print(f"{program}: warning: {message}", file=sys.stderr)
+
+    def say(text: str) -> None:
+        if is_first_to_say(text):
+            print(f"{program}: {text}", file=sys.stderr)
+
+    warnings.showwarning = lambda message, *_: say(f"warning: {message}")
     try:
-        with stoppable():
+        with stoppable(), joined():
             main(None)
     except (InputError, DivergenceError, Stopped) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(error.exit_code)
     sys.exit(0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import fingerprint, hardware, record
+from engine import distributed, fingerprint, hardware, record
 from engine.files import write_json, write_text
 from engine.folder import (
     forget,
@@ -27,7 +27,7 @@ from engine.interrupts import Stopped, deferred, stoppable
 from engine.loading import describe, describe_model
 from engine.method import Method
 from engine.options import Options, check, hyperparameters, overridden, results_options, variant
-from engine.progress import Progress, print_result
+from engine.progress import Progress, print_result, tolerate_consoles
 from engine.run_tasks import RunTasks
 from engine.same import check_same, of_summary
 from engine.shorter import from_shorter
@@ -60,8 +60,10 @@ def run(options: Options, benchmark: Benchmark, model: nn.Module, method: Method
         DivergenceError: a loss is infinite or NaN.
         Stopped: by SIGTERM or SIGINT; the last epoch boundary is saved.
     """
+    tolerate_consoles()
     check(options)
     check_belonging(options, model, method)
+    distributed.check_shareable(method)
     threads = torch.get_num_threads()
     try:
         with stoppable():
@@ -144,7 +146,11 @@ class Run:
         """Say what is run, from where on, and what one has to know of it; take the threads that it began with."""
         say = self.progress.say
         say(f"{self.title}: {hardware.describe(self.device)}, folder {self.folder}")
-        for note in (*overridden(self.options, type(self.method)), *self.benchmark.notes):
+        for note in (
+            *overridden(self.options, type(self.method)),
+            *self.benchmark.notes,
+            *distributed.notes(self.method.model),
+        ):
             say(f"note: {note}")
         for line in self.news:
             say(line)

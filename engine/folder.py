@@ -13,6 +13,7 @@ from typing import Any
 import filelock
 from torch import Tensor
 
+from engine.distributed import own_folder, share_files
 from engine.files import remove_leftovers
 from engine.options import MethodType, Options, variant
 from gradproj.errors import InputError
@@ -27,8 +28,9 @@ OUTPUTS = ("config.json", "epochs.jsonl", "summary.json", "accuracy.csv", "accur
 def run_folder(options: Options, method: MethodType, benchmark: str, data: str) -> Path:
     """The folder named explicitly, or runs/DATA/BENCHMARK/METHOD/VARIANT/seed-N."""
     if options.run_folder is not None:
-        return Path(options.run_folder)
-    return Path(options.output_dir, data, benchmark, method.name, variant(options, method), f"seed-{options.seed}")
+        return own_folder(Path(options.run_folder))
+    names = (data, benchmark, method.name, variant(options, method), f"seed-{options.seed}")
+    return own_folder(Path(options.output_dir, *names))
 
 
 @contextmanager
@@ -53,6 +55,7 @@ def hold(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another --output_dir") from error
     try:
+        share_files(folder, (NEXT, NEWEST, RESERVE, "summary.json"))
         yield
     finally:
         with suppress(OSError):  # the folder may have become read-only, and what that stopped is reported already
@@ -105,12 +108,18 @@ def keep_weights(folder: Path, t: int, weights: dict[str, Tensor]) -> None:
     save_tensors(folder / KEPT.format(t), weights)
 
 
-def kept_weights(folder: Path, t: int) -> dict[str, Tensor] | None:
-    """What `keep_weights` kept; None where nothing was.
+def weights_after(t: int, folder: Path, state: dict[str, Any]) -> dict[str, Tensor] | None:
+    """What training moved, as it was after a task of a run; None where that was not kept.
 
+    Args:
+        t: the task.
+        folder: of the run.
+        state: its checkpoint.
     Raises:
         InputError: the file is damaged.
     """
+    if t == state["position"] - 1 and state["task_progress"] is None:
+        return state["model"]
     path = folder / KEPT.format(t)
     return load_tensors(path) if path.exists() else None
 

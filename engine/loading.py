@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from engine.folder import load_checkpoint
+from engine.evaluation import network_for
+from engine.folder import load_checkpoint, weights_after
 from engine.method import Method
 from engine.options import Options, with_flags
 from engine.record import read_summary
@@ -25,13 +27,12 @@ class LoadedRun:
     """What a run left behind, for inference and analysis.
 
     Attributes:
-        model: with the weights of its end (or last checkpoint), in eval mode, on the CPU.
-        method: as it was then. Some test with more than the model: `with run.method.testing(t): run.model(images, t)`.
-        memory: the model's bases; None for methods without.
+        model: with the weights of its end (or last checkpoint, or after the task asked for), in eval mode, on the CPU.
+        method: as it was at the end.
+        memory: the model's bases at the end; None for methods without.
         config: the content of config.json.
         summary: the content of summary.json; None while the run is unfinished.
-        statistics: with `--batchnorm task`, by task what `fixed_statistics(model, statistics[t])` of
-            `gradproj.normalization` needs to test as the run did; else empty.
+        statistics: with `--batchnorm task`, by task what BatchNorm normalises by at test; else empty.
     """
 
     model: nn.Module
@@ -41,8 +42,20 @@ class LoadedRun:
     summary: dict[str, Any] | None
     statistics: list[Statistics]
 
+    def network(self, t: int) -> AbstractContextManager[nn.Module]:
+        """The model as the run tested it on task t: `with run.network(t) as model: logits = model(images, t)`.
 
-def load_run(folder: str | Path, model: nn.Module | None = None, method: type[Method] | None = None) -> LoadedRun:
+        With `--batchnorm task`, and for methods that test with more than the model, it is another one for each task.
+        """
+        return network_for(t, self.method, self.statistics)
+
+
+def load_run(
+    folder: str | Path,
+    model: nn.Module | None = None,
+    method: type[Method] | None = None,
+    after_task: int | None = None,
+) -> LoadedRun:
     """Read a run folder.
 
     Args:
@@ -50,18 +63,26 @@ def load_run(folder: str | Path, model: nn.Module | None = None, method: type[Me
         model: of the run's architecture; needed only where its class cannot be imported or does not say in
             `arguments` what it was made with.
         method: of the run; needed only where its class cannot be imported.
+        after_task: give the model the weights that it had after this task, counted from 0, which a run with
+            `--keep each` keeps; default those of the end.
     Raises:
         InputError: a file is missing or damaged, or the model cannot be made.
     """
     folder = Path(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         description = config["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / 'config.json'} is not the config.json of a run: {error!r}") from error
     state = load_checkpoint(folder)
     if state is None:
         raise InputError(f"{folder} has no checkpoint that can be read, so its weights are not there")
+    weights = state["model"] if after_task is None else weights_after(after_task, folder, state)
+    if weights is None:
+        raise InputError(
+            f"{folder} has no weights after task {after_task}, counted from 0: the run has learned "
+            f"{state['position']} tasks, and only --keep each keeps the weights of all"
+        )
     model = make_model(description) if model is None else model
     method_type = find_method(config) if method is None else method
     options = with_flags(Options, method_type)
@@ -69,7 +90,7 @@ def load_run(folder: str | Path, model: nn.Module | None = None, method: type[Me
     made = method_type(model, options(**{k: v for k, v in state["hyperparameters"].items() if k in names}))
     try:
         made.load_state_dict(state["method"])
-        made.load_weights(state["model"])
+        made.load_weights(weights)
     except (InputError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the weights in {folder} are not of a {type(model).__name__} like this: {reason}") from error

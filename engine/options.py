@@ -63,7 +63,10 @@ def flag(
 
 def sample_count(text: str) -> int | str:
     """The value of --n_samples: a count, or "all"."""
-    return text if text == "all" else int(text)
+    try:
+        return text if text == "all" else int(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is neither a count nor 'all'") from error
 
 
 def named_count(text: str) -> tuple[str, int]:
@@ -268,11 +271,11 @@ def check(options: Options) -> None:
     for name, count in options.samples.items():
         most = count if options.n_samples == "all" else options.n_samples
         _require(0 < count <= most, f"samples {name}", count, f"in [1, n_samples = {options.n_samples}]")
-    last = options.threshold_step * (options.n_tasks - 1)
+    last = options.threshold_step * ((options.n_tasks or 1) - 1)  # None: as many as the script finds
     for threshold in options.threshold:
         _require(
             0 < threshold + last <= 1 + 1e-12,
-            f"threshold {threshold} after {options.n_tasks - 1} steps of {options.threshold_step}",
+            f"threshold {threshold} after {(options.n_tasks or 1) - 1} steps of {options.threshold_step}",
             round(threshold + last, 6),
             "in (0, 1]",
         )

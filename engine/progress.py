@@ -19,6 +19,13 @@ from gradproj.errors import InputError
 tqdm.set_lock(RLock())
 
 
+def tolerate_consoles() -> None:
+    """Let what a console's encoding lacks be printed as a question mark, instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 class Progress:
     """One bar over all epochs of a run, the lines between, and TensorBoard where asked for.
 

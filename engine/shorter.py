@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from engine import fingerprint
-from engine.folder import NEWEST, keep_weights, kept_weights, load_checkpoint, run_folder
+from engine.folder import NEWEST, keep_weights, load_checkpoint, run_folder, weights_after
 from engine.method import OWN, Method
 from engine.run_tasks import RunTasks
 from engine.same import changed_sets, plain
@@ -46,7 +46,7 @@ def from_shorter(
             continue
         if method.options.keep == "each":
             for t in range(state["position"]):
-                if (weights := after_task(shorter, state, t)) is not None:
+                if (weights := weights_after(t, shorter, state)) is not None:
                     keep_weights(folder, t, with_new(weights, wanted["model"]))
         state = lengthened(state, shorter, wanted, method.options.n_tasks)
         news.append(f"continued from {shorter}, where {state['position']} of the tasks are learned")
@@ -133,7 +133,7 @@ def lengthened(state: State, folder: Path, wanted: State, n_tasks: int) -> State
         return [filled(part) for part in value] if isinstance(value, list) else value
 
     rows = {part: [[*row, *[None] * (n_tasks - len(row))] for row in rows] for part, rows in state["accuracy"].items()}
-    first = state["first"] or after_task(folder, state, 0) or {}  # a finished run lets it go
+    first = state["first"] or weights_after(0, folder, state) or {}  # a finished run lets it go
     made_of = {name: wanted[name] for name in ("network", "initial")}
     return filled({**state, "first": first}) | made_of | {"accuracy": rows, "interference": None}
 
@@ -142,10 +142,3 @@ def with_new(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[s
     """A shorter run's weights and, where it has none, this one's at its beginning, in this network's order."""
     filled = {name: weights.get(name, value) for name, value in own.items() if not name.startswith(OWN)}
     return filled | {name: value for name, value in weights.items() if name.startswith(OWN)}
-
-
-def after_task(folder: Path, state: State, t: int) -> dict[str, Tensor] | None:
-    """What training moved, as it was after a task of a run; None where that was not kept."""
-    if t == state["position"] - 1 and state["task_progress"] is None:
-        return state["model"]
-    return kept_weights(folder, t)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from engine.evaluation import evaluate
+from engine.evaluation import evaluate, network_for
 from engine.method import Method
 from engine.run_tasks import RunTasks
 from engine.task import batches
@@ -45,7 +44,7 @@ class Tester:
         heads = self.heads_alone(n_seen)
         for j in range(n_seen):
             valid, test = self.tasks.held_out(j)
-            with self.network(j) as model:
+            with network_for(j, self.method, self.statistics) as model:
                 rows["valid"].append(evaluate(model, j, valid, self.batch_size)[1] if len(valid.labels) else None)
             logits = self.logits(test.images, j, n_seen, heads)
             rows["test"].append(accuracy(logits[j], test.labels))
@@ -55,14 +54,6 @@ class Tester:
                 among_all = accuracy(torch.cat([logits[i] for i in range(n_seen)], dim=1), test.labels + first)
             rows["class_incremental"].append(among_all)
         return rows
-
-    @contextmanager
-    def network(self, t: int) -> Iterator[nn.Module]:
-        """The network as it is tested on task t, in eval mode."""
-        model = self.method.model
-        fixed = normalization.fixed_statistics(model, self.statistics[t]) if self.statistics else nullcontext()
-        with fixed, self.method.testing(t):
-            yield model.eval()
 
     def logits(self, images: Tensor, j: int, n_seen: int, heads: Sequence[nn.Module]) -> dict[int, Tensor]:
         """By task, what test images of task j give for it: for task j, and where it can be afforded for all seen."""
@@ -81,13 +72,13 @@ class Tester:
 
     def outputs(self, images: Tensor, i: int) -> Tensor:
         """What images give for task i (n, classes)."""
-        with self.network(i) as model:
+        with network_for(i, self.method, self.statistics) as model:
             return torch.cat([model(images[a:b], i) for a, b in batches(len(images), self.batch_size)])
 
     def logits_by_head(self, images: Tensor, j: int, heads: Sequence[nn.Module]) -> dict[int, Tensor]:
         """The same where the networks differ by their heads alone: in one pass, what reaches head j goes into all."""
         rows = []
-        with self.network(j) as model:
+        with network_for(j, self.method, self.statistics) as model:
             for a, b in batches(len(images), self.batch_size):
                 own, features = with_features(model, images[a:b], j, heads[j])
                 rows.append([own if head is heads[j] else head(features) for head in heads])
@@ -102,7 +93,7 @@ class Tester:
         if len({self.tasks.kind(i) for i in range(n_seen)}) > 1:
             return []
         images = self.tasks.held_out(j).test.images[:FEW]
-        with self.network(j) as model:
+        with network_for(j, self.method, self.statistics) as model:
             _, features = with_features(model, images, j, heads[j])
         if features is None:
             return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -42,19 +43,27 @@ class Representation:
         self.gram: Tensor | None = None
 
     @property
+    def held(self) -> Tensor:
+        """Whichever form is kept."""
+        held = self.columns if self.gram is None else self.gram
+        if held is None:
+            raise ValueError("nothing was added to this representation")
+        return held
+
+    @property
     def is_finite(self) -> bool:
         """Whether all columns added so far are."""
-        return bool((self.columns if self.gram is None else self.gram).isfinite().all())
+        return bool(self.held.isfinite().all())
 
     @property
     def energy(self) -> float:
         """‖R‖²."""
-        return float(self.columns.double().square().sum() if self.gram is None else self.gram.trace())
+        return float(self.held.double().square().sum() if self.gram is None else self.gram.trace())
 
     @property
     def device(self) -> torch.device:
         """Where it is."""
-        return (self.columns if self.gram is None else self.gram).device
+        return self.held.device
 
     def add(self, columns: Tensor) -> Representation:
         """Append columns (d, m); returns itself."""
@@ -74,13 +83,13 @@ class Representation:
         """R Rᵀ (d, d) float64, whichever form is kept."""
         if self.gram is not None:
             return self.gram
-        columns = self.columns.double()
+        columns = self.held.double()
         return columns @ columns.T
 
     def energies(self, directions: Tensor) -> Tensor:
         """‖mᵀ R‖² (k,) float64, for each column m of `directions` (d, k): the energy of the inputs along it."""
         if self.gram is None:
-            return (directions.T @ self.columns.double()).square().sum(1)
+            return (directions.T @ self.held.double()).square().sum(1)
         return (directions * (self.gram @ directions)).sum(0).clamp(min=0)
 
     def _add_products(self, block: Tensor) -> None:
@@ -127,25 +136,40 @@ class SeenRows:
 
 @dataclass
 class Source:
-    """What one or more layers see: those that are given the same input share it.
+    """What one or more layers see: those that are given the same inputs, and no others, share it.
 
     Attributes:
         parts: by position among a layer's keys.
         members: names of the layers.
+        n_inputs: that were added.
     """
 
     parts: list[Representation | SeenRows]
     members: list[str] = field(default_factory=list)
+    n_inputs: int = 0
 
 
 @dataclass
-class Recent:
-    """An input of the forward pass that is going on, and who has taken its columns."""
+class Input:
+    """An input of the forward pass that is going on, and who is given it.
 
-    inputs: weakref.ref[Tensor]
+    Attributes:
+        tensor, version: by which it is known again.
+        source: to which it belongs, as long as all of its members are given it.
+        layer, chosen, function, arguments: from which its columns are made; a copy where it waits for other members.
+        takers: names of layers that were given it.
+        counts: of its columns, by position among a layer's keys, once they are added.
+    """
+
+    tensor: weakref.ref[Tensor]
     version: int
     source: Source
-    takers: set[str]
+    layer: Layer
+    chosen: Tensor
+    function: Callable[..., Any]
+    arguments: Mapping[str, Any]
+    takers: list[str] = field(default_factory=list)
+    counts: list[int] | None = None
 
 
 class Gatherer:
@@ -180,14 +204,17 @@ class Gatherer:
         self.columns: dict[str, int] = dict.fromkeys((key for layer in layers.values() for key in layer.keys), 0)
         self.random = torch.Generator().manual_seed(0)
         self.mask: Tensor | None = None  # of the batch at hand
-        self._recent: dict[tuple, Recent] = {}
+        self._recent: dict[tuple, Input] = {}
+        self._waiting: list[Input] = []  # for members of their source that were not given them yet
 
     @torch.no_grad()
     def run(self, forward: Callable[[Any], Any], batch: Any, mask: Tensor | None = None) -> Any:
         """Run one batch; returns what `forward` does."""
-        self.mask, self._recent = mask, {}
+        self.mask, self._recent, self._waiting = mask, {}, []
         with plain_paths(), Uses(self.layers.values(), self._see) as self._uses:
-            return forward(batch)
+            result = forward(batch)
+        self._part()
+        return result
 
     def _see(self, layer: Layer, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
         if any(x.is_nested for x in layer.inputs(function, arguments)):
@@ -202,37 +229,71 @@ class Gatherer:
             self._take(layer, inputs, function, arguments)
 
     def _take(self, layer: Layer, inputs: Tensor, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-        """Add an input to what a layer sees, unless a layer that shares its source has added it already."""
+        """Add an input to what a layer sees, once for all layers of its source."""
         count = self.samples.get(layer.name)
         key = (id(inputs), count, layer.signature(arguments))
-        recent = self._recent.get(key)
-        if recent is not None and (recent.inputs() is not inputs or recent.version != inputs._version):
-            recent = None
+        given = self._recent.get(key)
+        if given is not None and (
+            given.tensor() is not inputs or given.version != inputs._version or layer.name in given.takers
+        ):
+            given = None
         source = self.sources.get(layer.name)
-        if source is None:
-            source = recent.source if recent is not None else Source(self._parts(layer))
+        if source is None:  # a layer joins those that have seen this input alone, as it has
+            joins = given is not None and given.counts is not None and given.source.n_inputs == 1
+            source = given.source if given is not None and joins else Source(self.empty_parts(layer))
             source.members.append(layer.name)
             self.sources[layer.name] = source
-        shared = recent is not None and recent.source is source and layer.name not in recent.takers
-        if shared:
-            recent.takers.add(layer.name)
-        else:
-            self._recent[key] = Recent(weakref.ref(inputs), inputs._version, source, {layer.name})
-        chosen = self._chosen(inputs[:count], layer)
+        if given is None or given.source is not source:
+            chosen = self._chosen(inputs[:count], layer)
+            given = Input(weakref.ref(inputs), inputs._version, source, layer, chosen, function, arguments)
+            self._recent[key] = given
+            if len(source.members) > 1:
+                given.chosen = chosen.clone()
+                self._waiting.append(given)
+        given.takers.append(layer.name)
+        if given.counts is None and len(given.takers) == len(source.members):
+            self._add(given, source)
+            self._waiting = [waiting for waiting in self._waiting if waiting is not given]
+            for name in given.takers:
+                self._count(name, given)
+        elif given.counts is not None:
+            self._count(layer.name, given)
+
+    def _add(self, given: Input, source: Source) -> None:
+        """Add an input's columns to a source."""
+        source.n_inputs += 1
+        given.counts = [0] * len(source.parts)
+        layer, chosen = given.layer, given.chosen
         if not chosen.numel():
             return
         n_blocks = -(-len(chosen) // layer.block_length(chosen)) if self.rows is not None else 1
         most = None if self.rows is None else -(-self.rows // n_blocks)
-        for block in layer.seen(chosen, function, arguments):
-            for name, part in zip(layer.keys, source.parts, strict=True):
+        for block in layer.seen(chosen, given.function, given.arguments):
+            for i, (name, part) in enumerate(zip(layer.keys, source.parts, strict=True)):
                 if name in block:
-                    self.columns[name] += block[name].shape[-1]
-                    if isinstance(part, SeenRows) and not shared:
+                    given.counts[i] += block[name].shape[-1]
+                    if isinstance(part, SeenRows):
                         part.add(block[name])
-                    elif not shared and not self.count_only:
+                    elif not self.count_only:
                         part.add(self._drawn(block[name], most))
 
-    def _parts(self, layer: Layer) -> list[Representation | SeenRows]:
+    def _count(self, name: str, given: Input) -> None:
+        for key, n in zip(self.layers[name].keys, given.counts or (), strict=True):
+            self.columns[key] += n
+
+    def _part(self) -> None:
+        """Give each layer of a source its own, where not all were given the same inputs in this forward pass."""
+        parted = {id(given.source): given.source for given in self._waiting}
+        for source in parted.values():
+            for name in source.members:
+                self.sources[name] = Source(copy.deepcopy(source.parts), [name], source.n_inputs)
+        for given in self._waiting:
+            for name in given.takers:
+                self._add(given, self.sources[name])
+                self._count(name, given)
+
+    def empty_parts(self, layer: Layer) -> list[Representation | SeenRows]:
+        """What a layer has seen before it runs, by position among its keys."""
         rows = {layer.name} if isinstance(layer, EmbeddingLayer) else set()
         return [
             SeenRows(d) if key in rows else Representation(d, self._product_dtype(d), self.keep_columns)

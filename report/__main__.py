@@ -18,6 +18,7 @@ from pathlib import Path
 
 from engine.cli import Parser
 from engine.files import write_json
+from engine.progress import tolerate_consoles
 from gradproj.errors import InputError
 from report.pages import PAGES, update_page
 from report.rows import summarise
@@ -45,6 +46,7 @@ def _file_name_part(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    tolerate_consoles()
     parser = Parser(prog="python -m report", description=__doc__)
     parser.add_argument("paths", nargs="+", type=Path, help="run folders, or folders that hold them at any depth")
     parser.add_argument("--format", choices=tuple(FORMATS), default="text", help="of the table (default: text)")

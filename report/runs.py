@@ -21,10 +21,10 @@ class Run(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A run that gives no numbers."""
+    """A run that gives no numbers, or a path where there is none."""
 
     path: Path
-    status: str  # "unfinished" or "damaged"
+    status: str  # "unfinished", "damaged" or "missing"
     reason: str
 
 
@@ -34,14 +34,15 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
     Args:
         paths: run folders, folders that hold them at any depth, or summary files.
     Returns:
-        finished runs, and the ones that are unfinished or damaged, each in path order.
+        finished runs; and the ones that are unfinished or damaged, and the paths without any; each in path order.
     Raises:
-        InputError: a path does not exist, or there is no run under it.
+        InputError: there is no run under any of them.
     """
     runs, problems = {}, {}
     for path in paths:
         if not path.exists():
-            raise InputError(f"{path} does not exist; give run folders, or a folder that holds them")
+            problems[path.resolve()] = Problem(path, "missing", "does not exist")
+            continue
         found = set()
         try:
             files = [path] if path.is_file() else path.rglob("*.json")
@@ -53,10 +54,13 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from error
         if not found:
-            raise InputError(f"no run under {path}: no summary.json, config.json or seed-N.json")
+            problems[path.resolve()] = Problem(path, "missing", "no summary.json, config.json or seed-N.json")
         for file in found:
             outcome = read_run(file)
             (runs if isinstance(outcome, Run) else problems)[file.resolve()] = outcome
+    if problems and not runs and all(problem.status == "missing" for problem in problems.values()):
+        nothing = "; ".join(f"{problem.path}: {problem.reason}" for problem in problems.values())
+        raise InputError(f"{nothing}; give run folders, or a folder that holds them")
     return sorted(runs.values(), key=lambda run: str(run.path)), sorted(problems.values(), key=lambda p: str(p.path))
 
 
@@ -80,8 +84,8 @@ def read_run(file: Path) -> Run | Problem:
 def position_of(folder: Path) -> str:
     """How far an unfinished run has come, as its folder tells; empty where it tells nothing."""
     try:
-        last = json.loads((folder / "epochs.jsonl").read_text().splitlines()[-1])
-        n_tasks = json.loads((folder / "config.json").read_text())["hyperparameters"]["n_tasks"]
+        last = json.loads((folder / "epochs.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        n_tasks = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hyperparameters"]["n_tasks"]
         return f"begun: task {last['task'] + 1}/{n_tasks}, epoch {last['epoch']}"
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return ""

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.cli import Parser
+from engine.progress import tolerate_consoles
 from gradproj.errors import InputError
 from methods import METHODS
 from report import tables
@@ -160,6 +161,7 @@ def finish(outcome: Outcome, folder: Path, against: str | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sweep; returns the exit code: 1 if a run failed, 2 for bad input, 130 when interrupted."""
+    tolerate_consoles()
     try:
         args, passed_on = parse(argv)
         jobs = make_jobs(wanted(args, passed_on))
@@ -170,7 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             threads = wanted_threads() or 1
             cluster = Cluster(args.ray, ROOT, threads, args.gpus_per_run)
             n_at_once = args.jobs or cluster.n_at_once
-        print(f"{len(jobs)} runs, {n_at_once} at a time, {threads} CPU thread(s) each")
+        runs = "1 run" if len(jobs) == 1 else f"{len(jobs)} runs"
+        print(f"{runs}, {n_at_once} at a time, {threads} CPU thread(s) each")
         try:
             with terminable():
                 outcome = run_jobs(jobs, n_at_once, threads, cluster)

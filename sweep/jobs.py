@@ -58,7 +58,7 @@ class Running:
             if (size := path.stat().st_size) == self.size:
                 return None
             self.size = size
-            return json.loads(path.read_text().rpartition("\n")[0].rpartition("\n")[2])
+            return json.loads(path.read_text(encoding="utf-8").rpartition("\n")[0].rpartition("\n")[2])
         except (OSError, ValueError):  # not there yet, or its last line is only half written
             return None
 
@@ -90,7 +90,7 @@ def run_jobs(jobs: Sequence[Job], n_at_once: int, threads: int, cluster: Cluster
         KeyboardInterrupt: after all of them were stopped.
     """
     outcome, waiting, running = Outcome(), list(jobs), []
-    environment = {"OMP_NUM_THREADS": str(threads)}
+    environment = {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}  # of the logs
     total = tqdm(total=len(jobs), desc="runs", unit="run", position=0, dynamic_ncols=True, **_screen())
     try:
         while waiting or running:
@@ -123,7 +123,7 @@ def start(job: Job, environment: dict[str, str], running: Sequence[Running], clu
     position = next(i for i in range(1, len(taken) + 2) if i not in taken)
     try:
         job.log.parent.mkdir(parents=True, exist_ok=True)
-        with job.log.open("w") as log:
+        with job.log.open("w", encoding="utf-8") as log:
             if cluster:
                 process = cluster.start(job.command, job.log, environment)
             else:  # in this process's group, so that Ctrl-C reaches it too

@@ -121,4 +121,4 @@ def _open(path: Path) -> np.ndarray:
 
 
 def _damaged(path: Path, problem: str) -> DataError:
-    return DataError(f"{path} {problem}; delete the folder {path.parent} to have it made again")
+    return DataError(f"{path} {problem}; replace it if it is your own, else delete this file to have it made again")

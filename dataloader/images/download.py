@@ -5,20 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
-import torch
 
 from dataloader.errors import DataError
 from dataloader.images import content, notmnist
 from dataloader.images.cache import RawSet
+from engine.torchvision import import_torchvision
 
 TIMEOUT_SECONDS = 10  # of silence on a connection; without internet the user hears of it in seconds
-_DECLARED: list[torch.library.Library] = []  # a declaration lasts as long as its Library object
 
 
 def download(name: str, data_dir: Path) -> RawSet:
@@ -49,37 +46,8 @@ def download(name: str, data_dir: Path) -> RawSet:
     return raw
 
 
-def import_torchvision_datasets() -> ModuleType:
-    """`torchvision.datasets`, also where torchvision's compiled part does not fit the installed torch.
-
-    Such a torchvision fails on import, because it describes operators that its compiled part would have defined. The
-    data sets need none of them, so after such a failure, and only then, they are declared (not implemented).
-    """
-    try:
-        from torchvision import datasets
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-        _declare_missing_operators()
-        for module in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
-            del sys.modules[module]  # half imported
-        from torchvision import datasets
-    return datasets
-
-
-def _declare_missing_operators() -> None:
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name, arguments in (
-        ("nms", "Tensor dets, Tensor scores, float iou_threshold"),
-        ("qnms", "Tensor dets, Tensor scores, float iou_threshold"),
-    ):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}({arguments}) -> Tensor")
-    _DECLARED.append(library)
-
-
 def _from_torchvision(name: str, data_dir: Path) -> RawSet:
-    datasets = import_torchvision_datasets()
+    datasets = import_torchvision("datasets")
     classes = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
     arrays = []
     for train in (True, False):
@@ -89,7 +57,7 @@ def _from_torchvision(name: str, data_dir: Path) -> RawSet:
 
 
 def _svhn(data_dir: Path) -> RawSet:
-    datasets = import_torchvision_datasets()
+    datasets = import_torchvision("datasets")
     arrays: list[np.ndarray] = []
     for part in ("train", "test"):
         url, file_name, md5 = datasets.SVHN.split_list[part]

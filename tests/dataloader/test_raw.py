@@ -62,7 +62,7 @@ def _header_only(path):
 @pytest.mark.parametrize("damage", [_truncate, _header_only, lambda p: p.write_bytes(b""), lambda p: p.write_text("?")])
 def test_damaged_file_is_named(folder, name, damage):
     damage(folder / name)
-    with pytest.raises(DataError, match=f"{name} .*; delete the folder .*mnist to have it made again") as error:
+    with pytest.raises(DataError, match=f"{name} .*; replace it if .* else delete this file to have it made") as error:
         load_raw("mnist", folder.parent)
     one_line(error)
 
@@ -145,7 +145,7 @@ def test_download_becomes_a_cache(tmp_path, monkeypatch):
             half = small_mnist()[:2] if train else small_mnist()[2:]
             self.data, self.targets = torch.from_numpy(half[0]), half[1].tolist()
 
-    monkeypatch.setattr(download, "import_torchvision_datasets", lambda: types.SimpleNamespace(MNIST=Part))
+    monkeypatch.setattr(download, "import_torchvision", lambda part: types.SimpleNamespace(MNIST=Part))
     with pytest.raises(DataError, match="mnist: the files under .* are not the published images"):
         load_raw("mnist", tmp_path)
     monkeypatch.setattr(content, "KNOWN", {})
@@ -155,7 +155,7 @@ def test_download_becomes_a_cache(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_torchvision_can_be_imported_next_to_any_torch():
-    assert download.import_torchvision_datasets().CIFAR100
+    assert download.import_torchvision("datasets").CIFAR100
     assert "torchvision" in sys.modules
 
 

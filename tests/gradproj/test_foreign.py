@@ -292,7 +292,7 @@ class TestLeaks:
         learned = Learned(model, forward=lambda x: model["b"](F.linear(x, model["a"].weight)))
         assert not learned.verified.holds
         assert learned.said == [
-            "a gradient of a came past its projection: old tasks may be forgotten through it",
+            "a gradient of a came past its projection, or is left from before: old tasks may be forgotten through it",
         ]
 
     @pytest.mark.parametrize("in_place", [False, True])
@@ -336,6 +336,19 @@ class TestLeaks:
         verified = memory.verify(model, OLD)
         assert verified.others == ["0.weight", "0.bias"]
         assert not verified.holds
+
+    def test_a_layer_frozen_since(self):
+        model = mlp()
+        memory = GradientProjectionMemory(model)
+        model[0].requires_grad_(False)
+        memory.update(model, [OLD], threshold=1.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with memory.protect(optimizer):
+            model(NEW).square().mean().backward()
+            optimizer.step()
+        verified = memory.verify(model, OLD)
+        assert verified.holds
+        assert verified.layers["0"].moved == 0
 
     def test_another_number_of_inputs_since(self):
         memory = remembering(model := mlp())
@@ -614,7 +627,26 @@ class TestCheck:
         assert "0" not in memory.check(model, torch.randn(20, D), threshold=0.5).full
 
 
+def test_training_in_full_directions_alone_is_no_leak():
+    """What is left of each gradient is rounding."""
+    learned = Learned(mlp(), new=OLD)
+    assert not learned.said
+    assert learned.verified.holds
+
+
 class TestVerify:
+    def test_rounding_grows_with_the_steps_taken(self):
+        explained = []
+        for steps in (1, 100):
+            memory = remembering(model := mlp())
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            with memory.protect(optimizer):
+                model(NEW).square().mean().backward()
+                for _ in range(steps):
+                    optimizer.step()
+            explained.append(memory.verify(model, OLD).layers["0"].explained)
+        assert explained[1] == pytest.approx(10 * explained[0], rel=0.3)
+
     def test_before_anything_is_remembered(self):
         with pytest.raises(InputError, match="^there is nothing to compare with"):
             GradientProjectionMemory(model := mlp()).verify(model, OLD)
@@ -780,6 +812,37 @@ class TestPasses:
         assert gathered["v"] is not gathered["q"]  # it has no bias
         memory.extend(gathered, 0.9)
         assert memory.bases["q"] is memory.bases["k"]
+
+    @pytest.mark.parametrize("n", [4, 60], ids=["columns", "R Rᵀ"])
+    @pytest.mark.parametrize("when", ["a second application", "another batch", "the first batch"])
+    def test_layers_that_part_keep_their_own(self, when, n):
+        class Parting(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Linear(D, D), nn.Linear(D, D)
+
+            def forward(self, batch) -> Tensor:
+                x, y = batch
+                out = self.a(x) + self.b(x if y is None else y)
+                return self.b(out) if when == "a second application" else out
+
+        memory = GradientProjectionMemory(model := Parting())
+        one, other = torch.randn(n, D), torch.randn(n, D)
+        batches = [(one, None), (other, one)] if when == "another batch" else [(one, None), (other, None)]
+        if when == "the first batch":
+            batches = [(one, other), (other, None)]
+        seen = {"a": [], "b": []}
+        hooks = [
+            getattr(model, name).register_forward_hook(lambda _, args, __, name=name: seen[name].append(args[0]))
+            for name in seen
+        ]
+        gathered = memory.gather(lambda batch: model(batch), batches)
+        for hook in hooks:
+            hook.remove()
+        for name, parts in seen.items():
+            columns = torch.cat([torch.cat(parts), torch.ones(len(torch.cat(parts)), 1)], dim=1).T.double()
+            assert_close(gathered[name].outer, columns @ columns.T)
+            assert gathered[name].n == columns.shape[1]
 
     def test_an_input_changed_in_place_is_not_shared(self):
         class Changing(nn.Module):
