@@ -38,7 +38,7 @@ class CUBER(TRGP):
     name, title, place = "cuber", "CUBER", 15
     flags = TRGP.flags | {
         "cuber_agreement": flag(0.0, "ε₂: cosine of two tasks' gradients from which on the old one is helped"),
-        "cuber_lambda": flag(0.001, "λ, weight of the distance that W moves inside what it helps", minimum=0),
+        "cuber_lambda": flag(0.01, "λ, weight of the distance that W moves inside what it helps", minimum=0),
     }
     defaults = TRGP.defaults | {"pmnist": {"region_images": 300}}
     graph_step = False
