@@ -14,7 +14,7 @@ import pathlib
 import re
 import sys
 
-MODULES = {"pillow": "PIL"}  # where the names differ
+MODULES = {"pillow": "PIL", "avalanche-lib": "avalanche"}  # where the names differ
 
 
 def lines(path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from engine import hardware
+from engine.distributed import is_first_to_say, joined
 from engine.interrupts import Stopped, stoppable
 from engine.method import Method
 from engine.options import Options, check, default_of, defaults, inherited, is_read, with_flags
@@ -31,7 +32,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
+        line = f"{self.prog}: error: {' '.join(message.split())} (see --help)\n"
+        self.exit(2, line if is_first_to_say(line) else None)
 
 
 def parse(
@@ -224,11 +226,16 @@ def script(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
     program = Path(sys.argv[0]).name
     tolerate_consoles()
     hardware.flush_denormals()
-    warnings.showwarning = lambda message, *_: print(f"{program}: warning: {message}", file=sys.stderr)
+
+    def say(text: str) -> None:
+        if is_first_to_say(text):
+            print(f"{program}: {text}", file=sys.stderr)
+
+    warnings.showwarning = lambda message, *_: say(f"warning: {message}")
     try:
-        with stoppable():
+        with stoppable(), joined():
             main(None)
     except (InputError, DivergenceError, Stopped) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(error.exit_code)
     sys.exit(0)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from engine.distributed import added, shared
 from engine.method import Method
 from engine.task import Split, batches
 from gradproj import normalization
@@ -40,12 +41,12 @@ def evaluate(model: nn.Module, t: int, split: Split, batch_size: int) -> tuple[f
         n = len(split.labels)
         return sum(m * loss for m, loss, _ in results) / n, sum(m * accuracy for m, _, accuracy in results) / n
     model.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=split.labels.device)
-    correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
     n = len(split.labels)
-    for start, stop in batches(n, batch_size):
+    loss, correct = found = torch.zeros(2, dtype=torch.float64, device=split.labels.device)
+    for start, stop in shared(batches(n, batch_size)):
         labels = split.labels[start:stop]
         logits = model(split.images[start:stop], t)
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
-    return loss.item() / n, 100 * correct.item() / n
+    loss_sum, n_correct = added(found).tolist()
+    return loss_sum / n, 100 * n_correct / n

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import fingerprint, hardware, record
+from engine import distributed, fingerprint, hardware, record
 from engine.files import write_json, write_text
 from engine.folder import (
     forget,
@@ -63,6 +63,7 @@ def run(options: Options, benchmark: Benchmark, model: nn.Module, method: Method
     tolerate_consoles()
     check(options)
     check_belonging(options, model, method)
+    distributed.check_shareable(method)
     threads = torch.get_num_threads()
     try:
         with stoppable():
@@ -145,7 +146,11 @@ class Run:
         """Say what is run, from where on, and what one has to know of it; take the threads that it began with."""
         say = self.progress.say
         say(f"{self.title}: {hardware.describe(self.device)}, folder {self.folder}")
-        for note in (*overridden(self.options, type(self.method)), *self.benchmark.notes):
+        for note in (
+            *overridden(self.options, type(self.method)),
+            *self.benchmark.notes,
+            *distributed.notes(self.method.model),
+        ):
             say(f"note: {note}")
         for line in self.news:
             say(line)

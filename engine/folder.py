@@ -13,6 +13,7 @@ from typing import Any
 import filelock
 from torch import Tensor
 
+from engine.distributed import own_folder, share_files
 from engine.files import remove_leftovers
 from engine.options import MethodType, Options, variant
 from gradproj.errors import InputError
@@ -27,8 +28,9 @@ OUTPUTS = ("config.json", "epochs.jsonl", "summary.json", "accuracy.csv", "accur
 def run_folder(options: Options, method: MethodType, benchmark: str, data: str) -> Path:
     """The folder named explicitly, or runs/DATA/BENCHMARK/METHOD/VARIANT/seed-N."""
     if options.run_folder is not None:
-        return Path(options.run_folder)
-    return Path(options.output_dir, data, benchmark, method.name, variant(options, method), f"seed-{options.seed}")
+        return own_folder(Path(options.run_folder))
+    names = (data, benchmark, method.name, variant(options, method), f"seed-{options.seed}")
+    return own_folder(Path(options.output_dir, *names))
 
 
 @contextmanager
@@ -53,6 +55,7 @@ def hold(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another --output_dir") from error
     try:
+        share_files(folder, (NEXT, NEWEST, RESERVE, "summary.json"))
         yield
     finally:
         with suppress(OSError):  # the folder may have become read-only, and what that stopped is reported already

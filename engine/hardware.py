@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from engine.distributed import local_gpu
 from engine.options import Options
 from gradproj.errors import InputError
 from gradproj.projection import set_tf32
@@ -26,7 +27,7 @@ def pick_device(name: str) -> torch.device:
         InputError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(local_gpu() if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from engine import distributed
 from engine.fused import FusedChain, chain_outputs
 from engine.method import Method
 from engine.seeds import derived_seed, generator
@@ -32,6 +33,8 @@ class Steps(Protocol):
 def make_steps(method: Method, optimizer: torch.optim.Optimizer, t: int, task: Task) -> Steps:
     """The fastest form of a task's training steps that fits the method, the model and the device."""
     device, options = task.train.images.device.type, method.options
+    if distributed.is_shared():
+        return SharedSteps(method, optimizer, t, task.train)
     if options.step == "auto" and device == "cpu" and method.plain_step and options.amp == "off":
         if is_plain_sgd(optimizer) and is_plain_chain(method.model, optimizer, t, task.train.images[:2]):
             return FusedSteps(method, task.train, options.batch_size_train)
@@ -106,6 +109,23 @@ class EagerSteps:
             index = order[start:stop]
             total += step(images[index], labels[index]) * (stop - start)
         return total.item() / len(order)
+
+
+class SharedSteps(EagerSteps):
+    """Eager steps on batches that several processes share."""
+
+    def epoch(self, order: Tensor, lr: float) -> float:
+        torch.manual_seed((torch.initial_seed() + distributed.rank()) % 2**63)  # each draws dropout of its own
+        return super().epoch(order, lr)
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        start, stop, weight = distributed.share_of(len(images))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.method.backward(images[start:stop], labels[start:stop], self.t)
+        loss = distributed.average_gradients(self.method.parameters(self.t), loss, weight)
+        self.optimizer.step()
+        self.method.after_step(self.t)
+        return loss
 
 
 class GraphSteps(EagerSteps):

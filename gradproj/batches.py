@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradproj.distributed import local_forwards
 from gradproj.errors import InputError
 
 Forward = Callable[[Any], Any]
@@ -50,7 +51,8 @@ def runner(forward: Forward, model: nn.Module) -> Forward:
     def run(batch: Any) -> Any:
         batch = batch if device is None else moved(batch, device)
         try:
-            return call(batch)
+            with local_forwards():
+                return call(batch)
         except (AttributeError, TypeError) as error:
             if isinstance(batch, Tensor):
                 raise
@@ -69,7 +71,7 @@ def call_module(module: nn.Module, batch: Any) -> Any:
         return module(**batch)
     if not isinstance(batch, (list, tuple)):
         return module(batch)
-    inner = module
+    inner: Any = module
     while isinstance(getattr(inner, "module", None), nn.Module) and not isinstance(inner, nn.Sequential):
         inner = inner.module  # inside DistributedDataParallel and its like
     parameters = inspect.signature(inner.forward).parameters.values()
@@ -90,8 +92,8 @@ def moved(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def masks(mask: Callable[[Any], Tensor] | str | None, batch: Any) -> Tensor | None:
-    """Which samples, or positions of them, of a batch count.
+def masks(mask: Callable[[Any], Tensor | None] | str | None, batch: Any) -> Tensor | None:
+    """Which samples, or positions of them, of a batch count; None for all.
 
     Raises:
         InputError: the mask gives something else.
@@ -104,6 +106,8 @@ def masks(mask: Callable[[Any], Tensor] | str | None, batch: Any) -> Tensor | No
         raise InputError(
             f"mask {mask!r} cannot be read from a batch of type {type(batch).__name__}: {error}"
         ) from error
+    if found is None:
+        return None
     if not isinstance(found, Tensor) or found.ndim not in (1, 2):
         raise InputError("mask must give a tensor of shape (batch,) or (batch, positions)")
     return found.bool()

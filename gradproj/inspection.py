@@ -99,7 +99,8 @@ def inspect(
     memory: GradientProjectionMemory, forward: Forward, batch: Any, thresholds: Mapping[str, float], mask: Mask | None
 ) -> Check:
     """Run a batch without learning from it; see `GradientProjectionMemory.check`."""
-    gatherer, leaks = Gatherer(memory.layers), {}
+    gatherer = Gatherer(memory.layers)
+    leaks: dict[str, None] = {}
     run = runner(forward, memory.model)
 
     def other(layer: Layer, function: str) -> None:
@@ -166,7 +167,7 @@ class Verification:
 
     Attributes:
         moved: of the model's outputs on the batch, ‖Δy‖ / ‖y‖.
-        explained: what rounding of the weights, once a step, makes of that, about.
+        explained: what rounding of the weights, once a step, and of the outputs makes of that, about.
         layers: by name.
         others: parameters without protection, and buffers, that have moved.
     """
@@ -184,7 +185,7 @@ class Verification:
         return still and (self.moved <= self.explained or not all_held)
 
     def __str__(self) -> str:
-        lines = [("layer", "moved", "inside the basis", "of it rounding", "inputs outside")]
+        lines: list[tuple[str, ...]] = [("layer", "moved", "inside the basis", "of it rounding", "inputs outside")]
         for name, m in self.layers.items():
             lines.append((name or "(model)", *(f"{x:.1e}" for x in (m.moved, m.inside, m.explained, m.outside))))
         end = f"outputs moved by {self.moved:.1e} of themselves; rounding explains {self.explained:.1e}"
@@ -213,11 +214,15 @@ def verification(
         forward, batch, mask: as in `verify`.
     """
     model = memory.model
-    if other := [n for n, v in current(model).items() if n in reference and v.shape != reference[n].shape]:
-        raise InputError(f"{', '.join(other)} had another shape when it was remembered, so there is nothing to compare")
     run, which = runner(forward, model), masks(mask, batch)
-    now = {name: value.detach().clone() for name, value in current(model).items() if name in reference}
+    there = current(model)
+    grown = [name for name, value in reference.items() if name in there and there[name].shape != value.shape]
+    reference = {name: value for name, value in reference.items() if name not in grown}
+    now = {name: value.detach().clone() for name, value in there.items() if name in reference}
     names = {id(p): name for name, p in model.named_parameters()}
+    covered = {names[id(p)] for layer in memory.layers.values() for p in layer.parameters if p is not None}
+    if resized := [name for name in grown if name in covered]:
+        raise InputError(f"{', '.join(resized)} had another shape when it was remembered, so nothing can be compared")
     changes = {
         name: [None if p is None else now[names[id(p)]] - reference[names[id(p)]].to(p) for p in layer.parameters]
         for name, layer in memory.layers.items()
@@ -230,8 +235,10 @@ def verification(
         for name, layer in memory.layers.items()
     }
     found: dict[str, Movement] = {}
+    roundings: list[float] = []  # of one output, by what layers compute in
 
     def use(layer: Layer, function: Any, arguments: Mapping[str, Any]) -> None:
+        roundings.append(torch.finfo(_computed_in(layer)).eps / 2)
         for inputs in layer.inputs(function, arguments):
             seen = layer.seen(inputs, function, arguments)
             movement = _movement(memory, layer, seen, changes[layer.name], noise[layer.name])
@@ -247,11 +254,13 @@ def verification(
                 rounded = list(outputs(run(batch), which))
     length = norm(before) or 1.0
     moved = norm([a - b for a, b in zip(after, before, strict=True)]) / length
-    explained = ROUNDINGS * norm([a - b for a, b in zip(rounded, before, strict=True)]) / length
-    covered = {names[id(p)] for layer in memory.layers.values() for p in layer.parameters if p is not None}
+    by_weights = norm([a - b for a, b in zip(rounded, before, strict=True)]) / length
+    explained = ROUNDINGS * max(by_weights, *roundings, 0.0)
     others = [n for n, v in now.items() if n not in covered and not torch.equal(v, reference[n].to(v))]
     others = [n for n in others if not n.endswith("num_batches_tracked")]
-    others += [n for n, p in model.named_parameters() if p.requires_grad and n not in reference]  # was frozen then
+    others += [
+        n for n, p in model.named_parameters() if p.requires_grad and n not in reference
+    ]  # grown, or frozen then
     return Verification(moved, explained, found, others)
 
 
@@ -279,6 +288,7 @@ def _movement(
         for key, columns in block.items():
             basis = memory.bases[key].to(columns.device)
             if basis.ndim == 1:  # an embedding: rows that were looked up
+                assert parameters[0] is not None and delta[0] is not None and shaken[0] is not None
                 looked_up = torch.isin(columns, basis)
                 moved += delta[0][columns].square().sum().item()
                 inside += delta[0][columns[looked_up]].square().sum().item()
@@ -296,6 +306,12 @@ def _movement(
     outside = max(0.0, 1 - held / energy) ** 0.5 if energy else 0.0
     scale = whole**0.5 or 1.0
     return Movement(moved**0.5 / scale, inside**0.5 / scale, ROUNDINGS * rounding**0.5 / scale, outside)
+
+
+def _computed_in(layer: Layer) -> torch.dtype:
+    """The dtype of a layer's products at the moment, which under autocast is not that of its weights."""
+    kind = layer.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.dtype
 
 
 def _rows_of(layer: Layer, key: str, parameters: Sequence[Tensor | None]) -> Tensor:
@@ -333,10 +349,12 @@ def put(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         for name, tensor in places.items():
             tensor.data.copy_(values[name])
+        torch.clear_autocast_cache()  # of casts of the other values
         yield
     finally:
         for name, tensor in places.items():
             tensor.data.copy_(before[name])
+        torch.clear_autocast_cache()
 
 
 def outputs(result: Any, mask: Tensor | None) -> Iterator[Tensor]:

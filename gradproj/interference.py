@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradproj.batches import in_eval_mode
 from gradproj.layers import Layer
+from gradproj.layers.uses import Uses, plain_paths
 
 # Bins of ΔW x, in units of the root mean square of the layer's old output W x; the outer ones take all beyond.
 EDGES = np.linspace(-0.5, 0.5, 102)
@@ -32,37 +33,33 @@ def interference(
         the latter, in the bins of EDGES. Biases count as weights of a constant input.
     """
     now = {name: value.clone() for name, value in model.state_dict().items()}
-    change = {name: [_change(part, now, before, name) for part in ("weight", "bias")] for name in layers}
-    modes = {module: module.training for module in model.modules()}
-    found: dict[str, dict[str, Any]] = {}
+    names = {id(p): name for name, p in model.named_parameters()}
+    change = {
+        name: [None if p is None else now[names[id(p)]] - before[names[id(p)]].to(p) for p in layer.parameters]
+        for name, layer in layers.items()
+    }
+    moved: dict[str, list[Tensor]] = {name: [] for name in layers}
+    usual: dict[str, list[Tensor]] = {name: [] for name in layers}
 
-    def compare(layer: Layer) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            moved = layer.apply(args[0], *change[layer.name]).double()
-            # Not the module's output: a method may have a hook that changes that, as HAT's gates do.
-            usual = layer.apply(args[0], *layer.parameters).double().square().mean().sqrt()
-            relative = (moved / usual).nan_to_num(nan=0.0).clamp(EDGES[0], EDGES[-1])
-            found[layer.name] = {
-                "ratio": float((moved.square().mean().sqrt() / usual).nan_to_num(nan=0.0)),
-                "counts": np.histogram(relative.cpu().numpy(), EDGES)[0].tolist(),
-            }
-
-        return hook
+    def compare(layer: Layer, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+        # Not the module's output: a method may have a hook that changes that, as HAT's gates do.
+        moved[layer.name] += [y.flatten() for y in layer.outputs(function, arguments, *change[layer.name])]
+        usual[layer.name] += [y.flatten() for y in layer.outputs(function, arguments, *layer.parameters)]
 
     try:
-        with ExitStack() as hooks:
-            for layer in layers.values():
-                hooks.enter_context(layer.module.register_forward_pre_hook(compare(layer)))
-            model.load_state_dict(before)
-            model.eval()
+        model.load_state_dict(before)
+        with in_eval_mode(model), plain_paths(), Uses(layers.values(), compare):
             forward()
     finally:
         model.load_state_dict(now)
-        for module, mode in modes.items():
-            module.training = mode
-    return found
+    return {name: _compared(torch.cat(moved[name]), torch.cat(usual[name])) for name in layers if moved[name]}
 
 
-def _change(part: str, now: Mapping[str, Tensor], before: Mapping[str, Tensor], layer: str) -> Tensor | None:
-    name = f"{layer}.{part}"
-    return now[name] - before[name].to(now[name]) if name in now else None
+def _compared(moved: Tensor, usual: Tensor) -> dict[str, Any]:
+    """Ratio and histogram of ΔW x against W x."""
+    moved, scale = moved.double(), usual.double().square().mean().sqrt()
+    relative = (moved / scale).nan_to_num(nan=0.0).clamp(EDGES[0], EDGES[-1])
+    return {
+        "ratio": float((moved.square().mean().sqrt() / scale).nan_to_num(nan=0.0)),
+        "counts": np.histogram(relative.cpu().numpy(), EDGES)[0].tolist(),
+    }

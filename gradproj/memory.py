@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.batches import Forward, as_batches, in_eval_mode, masks, runner
-from gradproj.distributed import summed
+from gradproj.distributed import all_or_none, check_same_model, merge, refuse_sharded
 from gradproj.errors import DivergenceError, FullLayerWarning, InputError, warn_caller
 from gradproj.files import load_tensors, save_tensors
 from gradproj.inspection import Check, Verification, inspect, table, verification
@@ -67,6 +67,7 @@ class GradientProjectionMemory:
         self.model, self.exclude, self.include = model, exclude, include
         self.rank_rule: RankRule = rank_rule
         self.exact = exact
+        refuse_sharded(model)
         self.layers = find_layers(model, exclude, include)
         if not self.layers:
             raise InputError(f"{type(model).__name__} has no trained layer that can be protected")
@@ -238,12 +239,14 @@ class GradientProjectionMemory:
                 raise InputError(
                     f"samples has {name!r}: {count}; it must give layers 1 or more: {', '.join(self.layers)}"
                 )
+        refuse_sharded(self.model)
+        check_same_model(self.model)
         n_batches, run = 0, runner(forward, self.model)
-        with in_eval_mode(self.model):
+        with all_or_none(), in_eval_mode(self.model):
             for batch in batches:
                 gatherer.run(run, batch, masks(mask, batch))
                 n_batches += 1
-        gathered = summed(finished(gatherer, n_batches))
+        gathered = finished(gatherer, merge(gatherer, n_batches, self.model))
         for key, representation in gathered.items():
             if not representation.is_finite:
                 raise DivergenceError(f"the inputs of layer {key} are infinite or NaN: the network has diverged")
@@ -261,11 +264,12 @@ class GradientProjectionMemory:
         if sum(need.values()) <= max_memory:
             yield list(self.layers), batches
             return
-        first = next(iter(batches), None)
         gatherer = Gatherer(self.layers, samples, count_only=True)
-        if first is not None:
-            with in_eval_mode(self.model):
+        with all_or_none(), in_eval_mode(self.model):
+            first = next(iter(batches), None)
+            if first is not None:
                 gatherer.run(runner(forward, self.model), first, masks(mask, first))
+        merge(gatherer, 1, self.model)
         shares = {id(source): source for source in gatherer.sources.values()}
         groups = [source.members for source in shares.values()]
         groups += [[name] for name in self.layers if name not in gatherer.sources]  # they did not run, as will be said
@@ -342,8 +346,9 @@ class GradientProjectionMemory:
             )
 
     def _what_could_move(self) -> dict[str, Tensor]:
-        """A copy, on the CPU, of all trained parameters and all buffers."""
-        moving = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        """A copy, on the CPU, of all parameters that are trained or protected, and of all buffers."""
+        mine = {id(p) for p in self._protected_parameters()}
+        moving = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad or id(p) in mine]
         return {name: value.detach().to("cpu", copy=True) for name, value in (*moving, *self.model.named_buffers())}
 
     def _thresholds(self, given: float | Mapping[str, float]) -> dict[str, float]:
@@ -437,7 +442,12 @@ class GradientProjectionMemory:
                     "not hold old tasks then; give it to protect(optimizer)"
                 )
             names = unprojected(projectors.values())
-            self._say_leaks([f"a gradient of {name or 'the model'} came past its projection" for name in names])
+            self._say_leaks(
+                [
+                    f"a gradient of {name or 'the model'} came past its projection, or is left from before"
+                    for name in names
+                ]
+            )
 
         with watched_steps(parameters, look, count):
             yield
@@ -448,6 +458,7 @@ class GradientProjectionMemory:
 
     def _check_modules(self) -> None:
         """Raise InputError where protected modules are no longer what they were; warn of layers that came since."""
+        refuse_sharded(self.model)
         current = dict(self.model.named_modules())
         replaced = [name for name, module in self._modules.items() if current.get(name) is not module]
         if replaced:
@@ -511,17 +522,9 @@ class GradientProjectionMemory:
         if self._protection is None:
             return
         for project in self._protection.projectors.values():
-            parameters = project.layer.parameters
-            gradients = [None if p is None else p.grad for p in parameters]
-            if project.is_idle or all(g is None for g in gradients):
+            if project.is_idle or (gradients := project.gradients) is None:
                 continue
-            gradients = [
-                torch.zeros_like(p) if p is not None and g is None else g
-                for p, g in zip(parameters, gradients, strict=True)
-            ]
-            with full_float32(next(g for g in gradients if g is not None)):
-                projected = project(*gradients)
-            for parameter, gradient in zip(parameters, projected, strict=True):
+            for parameter, gradient in zip(project.layer.parameters, project(*gradients), strict=True):
                 if parameter is not None:
                     parameter.grad = gradient
 

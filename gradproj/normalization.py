@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ def fixed_statistics(model: nn.Module, statistics: Mapping[str, tuple[Tensor, Te
     """Within this context BatchNorm normalises by the given statistics instead of the batch's."""
     modules = batch_norms(model)
 
-    def normalise(module: nn.Module, mean: Tensor, variance: Tensor, inputs: Tensor) -> Tensor:
+    def normalise(module: Any, mean: Tensor, variance: Tensor, inputs: Tensor) -> Tensor:
         mean, variance = mean.to(inputs), variance.to(inputs)
         return F.batch_norm(inputs, mean, variance, module.weight, module.bias, training=False, eps=module.eps)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gradproj.errors import InputError
-from gradproj.projection import LayerProjector, full_float32
+from gradproj.projection import LayerProjector
 
 
 def unwrapped(optimizers: Any) -> list[torch.optim.Optimizer]:
@@ -78,35 +78,35 @@ def projected_updates(optimizer: torch.optim.Optimizer, projectors: Mapping[str,
     def project(*_: Any) -> None:
         for each, old in zip(busy, before, strict=True):
             now = each.layer.parameters
-            changes = [None if p is None else p - o for p, o in zip(now, old, strict=True)]
-            with full_float32(next(change for change in changes if change is not None)):
-                moved = each(*changes)
+            moved = each(*(None if p is None or o is None else p - o for p, o in zip(now, old, strict=True)))
             for parameter, start, step in zip(now, old, moved, strict=True):
-                if parameter is not None:
+                if parameter is not None and start is not None and step is not None:
                     torch.add(start, step, out=parameter.detach())
 
     with optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(project):
         yield
 
 
+def size(tensors: Iterable[Tensor]) -> float:
+    """The length of some tensors together."""
+    return float(torch.stack([t.double().norm() for t in tensors]).norm())
+
+
 @torch.no_grad()
 def unprojected(projectors: Iterable[LayerProjector]) -> list[str]:
-    """The names of layers whose gradients have a part that projectors would remove: they came past them."""
+    """The names of layers whose gradients have a part that projectors would remove: they came past them.
+
+    What rounding leaves of a projected gradient is small against what it was before, not against what it is now.
+    """
     names = []
     for project in projectors:
-        gradients = [None if p is None else p.grad for p in project.layer.parameters]
-        if project.is_idle or all(g is None for g in gradients):
+        if project.is_idle or (gradients := project.gradients) is None:
             continue
-        gradients = [
-            torch.zeros_like(p) if p is not None and g is None else g
-            for p, g in zip(project.layer.parameters, gradients, strict=True)
-        ]
         present = [g for g in gradients if g is not None]
-        with full_float32(present[0]):
-            projected = [g for g in project(*gradients) if g is not None]
-        removed = sum((g - p).double().norm() for g, p in zip(present, projected, strict=True))
-        size = sum(g.double().norm() for g in present)
-        if removed > 100 * torch.finfo(project.layer.dtype).eps * size:
+        projected = [g for g in project(*gradients) if g is not None]
+        removed = size([g - p for g, p in zip(present, projected, strict=True)])
+        before = 0.0 if project.first_size is None else float(project.first_size)
+        if removed > max(1e-3, 10 * torch.finfo(project.layer.dtype).eps) * max(before, size(present)):
             names.append(project.layer.name)
     return names
 

@@ -32,8 +32,9 @@ def set_tf32(backend: Any, allow: bool) -> Callable[[], None]:
         backend: torch.backends.cuda.matmul or torch.backends.cudnn.
         allow: whether to round.
     """
+    name, value = "allow_tf32", allow  # type: str, Any
     try:
-        name, before, value = "allow_tf32", backend.allow_tf32, allow
+        before = backend.allow_tf32
     except RuntimeError:
         name, before, value = "fp32_precision", backend.fp32_precision, "tf32" if allow else "ieee"
     setattr(backend, name, value)
@@ -141,10 +142,14 @@ class LayerProjector:
         groups: one for each of the layer's keys.
     Raises:
         InputError: what is trained of the layer is not what was when it was found.
+
+    Attributes:
+        first_size: at least the length of the first gradient that backward has projected; None before.
     """
 
     def __init__(self, layer: Layer, groups: list[Projector]) -> None:
         self.layer, self.groups = layer, groups
+        self.first_size: Tensor | None = None
         trained = tuple(p is not None and p.requires_grad for p in layer.all_parameters)
         if trained != layer.trained and any(trained) and not self.is_idle:
             raise InputError(
@@ -166,12 +171,22 @@ class LayerProjector:
         """Project tensors of the shapes of what is trained of weight and bias, together the rows [W, b] (o, d)."""
         dtype = self.layer.dtype
         rows = self.layer.rows(*(None if p is None else p.to(product_dtype(dtype)) for p in (weight, bias)))
-        return tuple(None if p is None else p.to(dtype) for p in self.layer.from_rows(self.project_rows(rows)))
+        with full_float32(rows):
+            weight, bias = self.layer.from_rows(self.project_rows(rows))
+        return None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    @property
+    def gradients(self) -> list[Tensor | None] | None:
+        """What the layer's parameters hold of a gradient, zeros where only one has any; None where neither has."""
+        parameters = self.layer.parameters
+        if all(p is None or p.grad is None for p in parameters):
+            return None
+        return [None if p is None else torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
     def project_rows(self, rows: Tensor) -> Tensor:
         """Rows (o, d), group after group, each group's projected."""
-        parts = rows.chunk(len(self.groups)) if len(self.groups) > 1 else (rows,)
-        parts = [project(part) for project, part in zip(self.groups, parts, strict=True)]
+        groups = rows.chunk(len(self.groups)) if len(self.groups) > 1 else (rows,)
+        parts = [project(part) for project, part in zip(self.groups, groups, strict=True)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

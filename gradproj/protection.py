@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from gradproj.layers import Layer
 from gradproj.layers.linear import LinearLayer
 from gradproj.layers.uses import Uses
-from gradproj.projection import LayerProjector, Projector, full_float32, product_dtype
+from gradproj.projection import LayerProjector, full_float32, product_dtype
 
 
 class _GradientSide(torch.autograd.Function):
@@ -29,8 +29,9 @@ class _GradientSide(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_weight: Tensor | None, grad_bias: Tensor | None):
-        with full_float32(grad_bias if grad_weight is None else grad_weight):
-            return *ctx.project(grad_weight, grad_bias), None
+        if ctx.project.first_size is None:
+            ctx.project.first_size = sum(g.norm() for g in (grad_weight, grad_bias) if g is not None)
+        return *ctx.project(grad_weight, grad_bias), None
 
 
 class _InputSide(torch.autograd.Function):
@@ -41,7 +42,7 @@ class _InputSide(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None, project: Projector):
+    def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None, project: LayerProjector):
         ctx.save_for_backward(inputs, weight)
         ctx.project, ctx.has_bias = project, bias is not None
         with torch._C.DisableTorchFunction():
@@ -57,8 +58,10 @@ class _InputSide(torch.autograd.Function):
         if ctx.has_bias:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         deltas = grad_output.reshape(-1, grad_output.shape[-1]).to(dtype)  # (m, o)
+        if ctx.project.first_size is None:
+            ctx.project.first_size = deltas.norm() * rows.norm()
         with full_float32(rows):
-            grad = (deltas.T @ ctx.project(rows)).to(weight.dtype)  # (o, d)
+            grad = (deltas.T @ ctx.project.project_rows(rows)).to(weight.dtype)  # (o, d)
         if ctx.has_bias:
             return grad_inputs, grad[:, :-1], grad[:, -1], None
         return grad_inputs, grad, None, None
@@ -100,9 +103,10 @@ class _HostForward:
     """
 
     def __init__(self, module: nn.Module, projects: Sequence[LayerProjector], protection: Protection) -> None:
-        self.module, self.projects, self.protection = module, projects, protection
+        self.module: Any = module
+        self.projects, self.protection = projects, protection
         self.replaced: Callable[..., Any] | None = vars(module).get("forward")  # by hooks of other libraries
-        self.forward = module.forward
+        self.forward: Callable[..., Any] = module.forward
         layer = projects[0].layer
         plain = self.replaced is None and type(module).forward is nn.Linear.forward and layer.module is module
         whole = all(a is b for a, b in zip(layer.parameters, layer.all_parameters, strict=True))
@@ -116,7 +120,7 @@ class _HostForward:
             (inputs,) = (*args, *kwargs.values())
             weight, bias = self.module.weight, self.module.bias
             if inputs.numel() < weight.numel():
-                return _InputSide.apply(inputs, weight, bias, self.projects[0].groups[0])
+                return _InputSide.apply(inputs, weight, bias, self.projects[0])
         found = [(owner, name, p) for project in self.projects for owner, name, p in _trained(project.layer)]
         for project in self.projects:
             self._substitute(project)
@@ -133,7 +137,7 @@ class _HostForward:
         if weight is None and bias is None:
             return
         if project.is_full:  # the gradient is zero: do not compute it
-            substitutes = [None if p is None else p.detach() for p in (weight, bias)]
+            substitutes: Any = [None if p is None else p.detach() for p in (weight, bias)]
         else:
             substitutes = _GradientSide.apply(weight, bias, project)
         for owner, name, p in _trained(project.layer):
@@ -148,7 +152,7 @@ def _itself(thing: Any) -> Any:
     return thing
 
 
-def _trained(layer: Layer) -> list[tuple[nn.Module, str, nn.Parameter]]:
+def _trained(layer: Layer) -> list[tuple[nn.Module, str, Any]]:
     """Where a layer's parameters that are trained now are looked up: module, name, parameter."""
     parameters = [p for p in layer.parameters if p is not None and p.requires_grad]
     places = [(owner, name, owner._parameters.get(name)) for owner, name in layer.owners]

@@ -42,19 +42,27 @@ class Representation:
         self.gram: Tensor | None = None
 
     @property
+    def held(self) -> Tensor:
+        """Whichever form is kept."""
+        held = self.columns if self.gram is None else self.gram
+        if held is None:
+            raise ValueError("nothing was added to this representation")
+        return held
+
+    @property
     def is_finite(self) -> bool:
         """Whether all columns added so far are."""
-        return bool((self.columns if self.gram is None else self.gram).isfinite().all())
+        return bool(self.held.isfinite().all())
 
     @property
     def energy(self) -> float:
         """‖R‖²."""
-        return float(self.columns.double().square().sum() if self.gram is None else self.gram.trace())
+        return float(self.held.double().square().sum() if self.gram is None else self.gram.trace())
 
     @property
     def device(self) -> torch.device:
         """Where it is."""
-        return (self.columns if self.gram is None else self.gram).device
+        return self.held.device
 
     def add(self, columns: Tensor) -> Representation:
         """Append columns (d, m); returns itself."""
@@ -74,13 +82,13 @@ class Representation:
         """R Rᵀ (d, d) float64, whichever form is kept."""
         if self.gram is not None:
             return self.gram
-        columns = self.columns.double()
+        columns = self.held.double()
         return columns @ columns.T
 
     def energies(self, directions: Tensor) -> Tensor:
         """‖mᵀ R‖² (k,) float64, for each column m of `directions` (d, k): the energy of the inputs along it."""
         if self.gram is None:
-            return (directions.T @ self.columns.double()).square().sum(1)
+            return (directions.T @ self.held.double()).square().sum(1)
         return (directions * (self.gram @ directions)).sum(0).clamp(min=0)
 
     def _add_products(self, block: Tensor) -> None:
@@ -210,11 +218,12 @@ class Gatherer:
             recent = None
         source = self.sources.get(layer.name)
         if source is None:
-            source = recent.source if recent is not None else Source(self._parts(layer))
+            source = recent.source if recent is not None else Source(self.empty_parts(layer))
             source.members.append(layer.name)
             self.sources[layer.name] = source
-        shared = recent is not None and recent.source is source and layer.name not in recent.takers
-        if shared:
+        shared = False
+        if recent is not None and recent.source is source and layer.name not in recent.takers:
+            shared = True
             recent.takers.add(layer.name)
         else:
             self._recent[key] = Recent(weakref.ref(inputs), inputs._version, source, {layer.name})
@@ -232,7 +241,8 @@ class Gatherer:
                     elif not shared and not self.count_only:
                         part.add(self._drawn(block[name], most))
 
-    def _parts(self, layer: Layer) -> list[Representation | SeenRows]:
+    def empty_parts(self, layer: Layer) -> list[Representation | SeenRows]:
+        """What a layer has seen before it runs, by position among its keys."""
         rows = {layer.name} if isinstance(layer, EmbeddingLayer) else set()
         return [
             SeenRows(d) if key in rows else Representation(d, self._product_dtype(d), self.keep_columns)

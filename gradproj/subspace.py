@@ -66,7 +66,7 @@ def extend_basis(
     if representation.gram is not None:
         new = (_by_large_gram if fast and d >= LARGE else _by_gram)(basis, representation.gram, threshold, rank_rule)
     else:
-        columns, large = representation.columns, representation.n >= LARGE // 8
+        columns, large = representation.held, representation.n >= LARGE // 8
         new = (_by_large_columns if fast and large else _by_columns)(basis, columns, threshold, rank_rule)
     return torch.cat([basis, new[:, :room]], dim=1)
 
@@ -76,9 +76,7 @@ def held_energy(basis: Tensor, representation: Representation) -> float:
     if representation.energy == 0:
         return 1.0
     basis = basis.to(representation.device)
-    if representation.gram is not None:
-        return float(((representation.gram @ basis) * basis).sum() / representation.energy)
-    return float((basis.T @ representation.columns.double()).square().sum() / representation.energy)
+    return float(representation.energies(basis).sum() / representation.energy)
 
 
 def _by_columns(basis: Tensor, representation: Tensor, threshold: float, rank_rule: RankRule) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from engine.options import Options, flag
 from engine.task import Task
 from gradproj.layers import Layer
-from gradproj.projection import LayerProjector, layer_projector
+from gradproj.projection import LayerProjector, full_float32, layer_projector
 from methods.parts.regions import gradient_rows, layer_gradients, weight_rows
 from methods.parts.side_paths import SidePath
 from methods.trgp import TRGP
@@ -51,7 +52,10 @@ class CUBER(TRGP):
 
     def choose(self, t: int, gradients: dict[str, Tensor]) -> None:
         super().choose(t, gradients)
-        self.helping = {key: self.agreeing(key, G, list(self.shifts[t][key])) for key, G in gradients.items()}
+        self.helping = {}
+        for layer in self.memory.layers.values():
+            helped = {key: self.agreeing(key, gradients[key], list(self.shifts[t][key])) for key in layer.keys}
+            self.helping |= helped if any(helped.values()) else {}
 
     def agreeing(self, key: str, gradient: Tensor, tasks: list[int]) -> list[int]:
         """Those of some old tasks whose own gradient agrees with this one (o, d)."""
@@ -61,7 +65,9 @@ class CUBER(TRGP):
         return [j for j, G in old.items() if lengths[j] > 0 and (G * gradient).sum() >= least * lengths[j]]
 
     def projector(self, layer: Layer) -> LayerProjector:
-        return layer_projector(layer, {key: self.memory.bases[key][:, self.closed(key)] for key in layer.keys})
+        """None where W helps: there gradients are projected after they are tested."""
+        closed = {key: [] if key in self.helping else self.closed(key) for key in layer.keys}
+        return layer_projector(layer, {key: self.memory.bases[key][:, columns] for key, columns in closed.items()})
 
     def closed(self, key: str) -> list[int]:
         """The columns of M that hold what tasks use that are not helped."""
@@ -69,29 +75,51 @@ class CUBER(TRGP):
         return sorted({i for j, region in enumerate(self.regions) if j not in helping for i in region[key].tolist()})
 
     def side_paths(self, t: int) -> dict[str, list[SidePath]]:
-        return {
-            key: [SidePath(self.span(key, j), shift) for j, shift in shifts.items()]
-            for key, shifts in self.shifts[t].items()
-        }
+        paths = super().side_paths(t)
+        for key in paths if t < len(self.regions) else self.helping:  # there W B_j moves, or has moved
+            paths[key] = [path._replace(product=None) for path in paths[key]]
+        return paths
 
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
         self.helped = {(key, j): self.span(key, j) for key, js in self.helping.items() for j in js}
+        self.close()
         with super().learning(t, task):
             yield
 
+    def close(self) -> None:
+        """Make what the gradients of layers whose weights help go through."""
+        bases = {key: self.memory.bases[key][:, self.closed(key)] for key in self.helping}
+        layers = {name: layer for name, layer in self.memory.layers.items() if layer.keys[0] in bases}
+        self.late_projectors = {name: layer_projector(layer, bases) for name, layer in layers.items()}
+
     def backward(self, images: Tensor, labels: Tensor, t: int) -> Tensor:
-        with self.memory.raw():
-            loss = super().backward(images, labels, t)
+        loss = super().backward(images, labels, t)
+        if self.helping:
+            self.test_again()
+            if any(self.helping.values()):
+                self.movement().backward()
+            self.project()
+        return loss
+
+    def test_again(self) -> None:
+        """Help no more whom this step's gradients, not yet projected, disagree with."""
         gradients = gradient_rows(self.memory.layers)
         helping = {key: self.agreeing(key, gradients[key], tasks) for key, tasks in self.helping.items()}
         if helping != self.helping:
             self.helping = helping
-            self.projectors |= {name: self.projector(layer) for name, layer in self.memory.layers.items()}
-        if any(helping.values()):
-            self.movement().backward()
-        self.memory.project_gradients()
-        return loss
+            self.close()
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Project the gradients of the layers whose weights help."""
+        for project in self.late_projectors.values():
+            parameters = project.layer.parameters
+            with full_float32(project.layer.module.weight):
+                projected = project(*(None if p is None else p.grad for p in parameters))
+            for parameter, gradient in zip(parameters, projected, strict=True):
+                if parameter is not None:
+                    parameter.grad = gradient
 
     def movement(self) -> Tensor:
         """λ Σ ‖(W - W_{t-1}) B_j‖ over the tasks that are helped."""

@@ -44,7 +44,6 @@ class FSDGPM(GPM, Replay):
     """
 
     name, title, place = "fs_dgpm", "FS-DGPM", 16
-    reads = GPM.reads
     flags = Replay.flags | {
         "fs_eta1": flag(0.001, "η₁, rate of the steps uphill; falls with lr", minimum=0),
         "fs_eta2": flag(0.01, "η₂, rate of s, which says how firmly each direction is held; falls with lr", above=0),

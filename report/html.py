@@ -121,6 +121,7 @@ def pictures(rows: Sequence[Row], against: str | None) -> list[dict[str, str]]:
 def shown_run(row: Row, run: Run) -> dict[str, Any]:
     """One run: its matrices, and its configuration in folds."""
     summary, transfer = run.summary, run.summary["backward_transfer"]
+    names = [task["name"] for task in summary.get("tasks") or []]
     options = {k: v for k, v in summary.get("hyperparameters", {}).items() if k not in LOCAL_ONLY}
     origin = {key: summary.get(key) for key in ("device", "versions", "commit", "seconds")}
     return {
@@ -129,10 +130,7 @@ def shown_run(row: Row, run: Run) -> dict[str, Any]:
         + ("" if transfer is None else f", BWT {transfer:+.2f}")
         + f", {tables.duration(summary['seconds']['total'])}",
         "matrices": [
-            {
-                "caption": caption,
-                "rows": matrix_cells(summary[name], [task["name"] for task in summary.get("tasks") or []]),
-            }
+            {"caption": caption, "rows": matrix_cells(summary[name], names)}
             for name, caption in MATRICES.items()
             if summary.get(name)
         ],
@@ -140,7 +138,7 @@ def shown_run(row: Row, run: Run) -> dict[str, Any]:
     }
 
 
-def matrix_cells(accuracy: AccuracyMatrix, names: Sequence[str]) -> list[list[dict[str, str] | None]]:
+def matrix_cells(accuracy: AccuracyMatrix, names: Sequence[str] = ()) -> list[list[dict[str, str] | None]]:
     """The cells of an accuracy matrix: text, colours and what the mouse shows; None where nothing was measured."""
 
     def task(number: int) -> str:

@@ -121,7 +121,7 @@ def summarise(runs: Sequence[Run], join_orders: bool = True) -> list[Row]:
     rows = [_row(key, groups[key]) for key in sorted(groups, key=order)]
     alone = {(row.benchmark, row.data, row.variant): row for row in rows if row.method == "single"}
     for row in rows:
-        if (single := alone.get((row.benchmark, row.data, row.variant))) is not None:
+        if row.method != "single" and (single := alone.get((row.benchmark, row.data, row.variant))) is not None:
             row.forward_transfer = _forward_transfer(row, single)
     return rows
 

@@ -128,7 +128,7 @@ def table(
         notes.append("FWT: mean over tasks 2 … T of the accuracy just after learning minus a single network's, points.")
     if CLASS_INCREMENTAL in shown:
         notes.append(
-            f"{CLASS_INCREMENTAL} Accuracy over all tasks where the network must also tell which task an image is of: "
+            f"{CLASS_INCREMENTAL}: accuracy over all tasks where the network must also tell which task an image is of: "
             "the largest output over the heads of all tasks. ACC is told the task."
         )
     if any(row.task_identity for row in rows):

@@ -172,7 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             threads = wanted_threads() or 1
             cluster = Cluster(args.ray, ROOT, threads, args.gpus_per_run)
             n_at_once = args.jobs or cluster.n_at_once
-        print(f"{len(jobs)} runs, {n_at_once} at a time, {threads} CPU thread(s) each")
+        runs = "1 run" if len(jobs) == 1 else f"{len(jobs)} runs"
+        print(f"{runs}, {n_at_once} at a time, {threads} CPU thread(s) each")
         try:
             with terminable():
                 outcome = run_jobs(jobs, n_at_once, threads, cluster)

@@ -121,7 +121,4 @@ def _open(path: Path) -> np.ndarray:
 
 
 def _damaged(path: Path, problem: str) -> DataError:
-    return DataError(
-        f"{path} {problem}; replace it if the set is your own; if it was downloaded or rendered, delete the folder "
-        f"{path.parent} to have it made again"
-    )
+    return DataError(f"{path} {problem}; replace it if it is your own, else delete this file to have it made again")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,7 +19,7 @@ class AttentionLayer(Layer):
     """[q, k, v] = W_in x + b: one subspace for all three, which sees queries, keys and values as far as they differ."""
 
     kind = "attention"
-    modules = (nn.MultiheadAttention,)
+    modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.MultiheadAttention,)
     functions = {F.multi_head_attention_forward: Call(ATTENTION, "in_proj_weight", "in_proj_bias")}
     weight_name, bias_name = "in_proj_weight", "in_proj_bias"
 
@@ -29,6 +30,12 @@ class AttentionLayer(Layer):
     def inputs(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Sequence[Tensor]:
         seen = [arguments[name] for name in ("query", "key", "value")]
         return [x for i, x in enumerate(seen) if not any(x is earlier for earlier in seen[:i])]
+
+    def outputs(
+        self, function: Callable[..., Any], arguments: Mapping[str, Any], weight: Tensor | None, bias: Tensor | None
+    ) -> list[Tensor]:
+        weight = torch.zeros_like(self.all_parameters[0]) if weight is None else weight
+        return [F.linear(inputs, weight, bias) for inputs in self.inputs(function, arguments)]
 
     def weight_columns(self, inputs: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
         return [inputs.reshape(-1, inputs.shape[-1]).T]

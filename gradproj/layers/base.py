@@ -39,13 +39,14 @@ class Layer:
     """
 
     kind: ClassVar[str]
-    modules: ClassVar[tuple[type[nn.Module], ...]]
+    modules: ClassVar[tuple[type[nn.Module], ...]] = ()
     functions: ClassVar[Mapping[Callable[..., Any], Call]]
     weight_name: ClassVar[str] = "weight"
     bias_name: ClassVar[str] = "bias"
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        self.name, self.module = name, module
+        self.name = name
+        self.module: Any = module  # its attributes depend on the kind
         weight, bias = self.all_parameters
         self.trained = (weight.requires_grad, bias is not None and bias.requires_grad)
 
@@ -67,7 +68,8 @@ class Layer:
     @property
     def parameters(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """Weight and bias as far as they are trained."""
-        return tuple(p if trained else None for p, trained in zip(self.all_parameters, self.trained, strict=True))
+        (weight, bias), (has_weight, has_bias) = self.all_parameters, self.trained
+        return weight if has_weight else None, bias if has_bias else None
 
     @property
     def device(self) -> torch.device:
@@ -135,6 +137,18 @@ class Layer:
             arguments: by name.
         """
         return [arguments["input"]]
+
+    def outputs(
+        self, function: Callable[..., Any], arguments: Mapping[str, Any], weight: Tensor | None, bias: Tensor | None
+    ) -> list[Tensor]:
+        """What a call of one of `functions` makes with other parameters, None being zeros: one for each input."""
+        call = self.functions[function]
+        first = self.all_parameters[0]
+        given = {call.weight: torch.zeros_like(first) if weight is None else weight, call.bias: bias}
+        if function is torch.addmm and bias is None:  # it has no form without
+            given[call.bias] = first.new_zeros(())
+        changed = {**arguments, **given}
+        return [function(*(changed[name] for name in call.arguments if name in changed))]
 
     def signature(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
         """What else than the input decides the columns: layers of one signature share them."""

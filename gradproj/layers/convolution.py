@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +19,7 @@ class ConvolutionLayer(Layer):
     """y = W x + b on the patches x of images (batch, channels, *size), also without the batch axis."""
 
     kind = "convolution"
-    modules = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     functions = {F.conv1d: PLAIN, F.conv2d: PLAIN, F.conv3d: PLAIN}
 
     @property
@@ -70,7 +70,7 @@ class TransposedConvolutionLayer(ConvolutionLayer):
     """
 
     kind = "transposed convolution"
-    modules = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     functions = {F.conv_transpose1d: TRANSPOSED, F.conv_transpose2d: TRANSPOSED, F.conv_transpose3d: TRANSPOSED}
 
     @property
@@ -135,7 +135,8 @@ def spread_with_zeros(images: Tensor, stride: Sequence[int]) -> Tensor:
     """Images (batch, channels, *size) with stride - 1 zeros between neighbouring pixels along each axis."""
     size = [(n - 1) * s + 1 for n, s in zip(images.shape[2:], stride, strict=True)]
     spread = images.new_zeros(*images.shape[:2], *size)
-    spread[(..., *(slice(None, None, s) for s in stride))] = images
+    places: Any = (..., *(slice(None, None, s) for s in stride))
+    spread[places] = images
     return spread
 
 

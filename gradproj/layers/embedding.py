@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class EmbeddingLayer(Layer):
     """
 
     kind = "embedding"
-    modules = (nn.Embedding,)
+    modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
     functions = {F.embedding: Call(ARGUMENTS)}
 
     def __init__(self, name: str, module: nn.Module, shared: tuple[nn.Module, ...] = ()) -> None:
@@ -62,6 +62,7 @@ class EmbeddingLayer(Layer):
         return inputs.ndim - inputs.is_floating_point()  # indices, or what the head sees
 
     def inside(self, key: str, basis: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert weight is not None  # an embedding's only parameter
         return weight[basis.to(weight.device)].norm(), weight.norm()
 
     def apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -106,6 +107,7 @@ class TiedEmbeddingLayer(EmbeddingLayer):
         return {self.name: self.weight_size, self.head_name: self.all_parameters[0].shape[1] + self.trained[1]}
 
     def rows(self, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        assert weight is not None  # else nothing was tied
         return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
 
     def from_rows(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,9 +67,10 @@ def kind_of(module: nn.Module) -> type[Layer] | None:
 
 def unknown_weight(module: nn.Module, kind: type[Layer]) -> str | None:
     """What is not known of a layer's weight; None if all is."""
-    if isinstance(module._parameters.get(kind.weight_name), nn.UninitializedParameter):
+    weight = module._parameters.get(kind.weight_name)
+    if isinstance(weight, nn.UninitializedParameter):
         return "has no size yet; run the model once before"
-    if module._parameters.get(kind.weight_name) is not None and module._parameters[kind.weight_name].is_complex():
+    if weight is not None and weight.is_complex():
         return "has complex weights, which are not supported; exclude it"
     if parametrize.is_parametrized(module) or kind.weight_name not in module._parameters:
         return "makes its weight of other parameters; exclude it, or remove that first"
@@ -86,7 +88,7 @@ def unknown_weight(module: nn.Module, kind: type[Layer]) -> str | None:
 def has_plain_forward(module: nn.Module) -> bool:
     """Whether a module computes what torch's own class of its kind does, as far as its class can tell."""
     known = ("torch.nn.modules", "transformers.pytorch_utils")
-    base = next(c for c in type(module).__mro__ if c.__module__.startswith(known))
+    base: Any = next(c for c in type(module).__mro__ if c.__module__.startswith(known))
     methods = ("forward", "_conv_forward", "_output_padding")
     if any(getattr(type(module), name, None) is not getattr(base, name, None) for name in methods):
         return False
@@ -103,7 +105,7 @@ def foreign_use(module: nn.Module, kind: type[Layer]) -> str | None:
     """
     if not issubclass(kind, (LinearLayer, ConvolutionLayer)) or issubclass(kind, TransposedLinearLayer):
         return "whose use of the weight is not known"
-    substitutes = {
+    substitutes: dict[str, Any] = {
         name: nn.Parameter(torch.empty_like(p, device="meta")) for name, p in module.named_parameters(recurse=False)
     } | {name: torch.empty_like(b, device="meta") for name, b in module.named_buffers(recurse=False)}
     inputs = torch.empty(probe_shape(module), dtype=next(module.parameters()).dtype, device="meta")
@@ -116,7 +118,7 @@ def foreign_use(module: nn.Module, kind: type[Layer]) -> str | None:
         with watch, torch.enable_grad():
             module.forward(inputs)
 
-    before = {name: module._parameters.get(name, module._buffers.get(name)) for name in substitutes}
+    before: dict[str, Any] = {name: module._parameters.get(name, module._buffers.get(name)) for name in substitutes}
     try:
         for name, tensor in substitutes.items():
             (module._parameters if name in module._parameters else module._buffers)[name] = tensor
@@ -131,7 +133,7 @@ def foreign_use(module: nn.Module, kind: type[Layer]) -> str | None:
     return None if uses else "which does not use the weight"
 
 
-def probe_shape(module: nn.Module) -> tuple[int, ...]:
+def probe_shape(module: Any) -> tuple[int, ...]:
     """The shape of a small input of a Linear or a convolution."""
     if isinstance(module, nn.Linear):
         return 2, module.in_features
@@ -141,14 +143,14 @@ def probe_shape(module: nn.Module) -> tuple[int, ...]:
 
 def tied_layer(names: Sequence[str], modules: Mapping[str, nn.Module]) -> Layer | None:
     """The layer that some modules with one weight are, if they are embeddings, perhaps with one Linear."""
-    plain = all(kind_of(modules[n]) and unknown_weight(modules[n], kind_of(modules[n])) is None for n in names)
+    plain = all((kind := kind_of(modules[n])) and unknown_weight(modules[n], kind) is None for n in names)
     tables = [n for n in names if isinstance(modules[n], nn.Embedding)]
-    heads = [n for n in names if isinstance(modules[n], nn.Linear)]
+    heads = [(n, module) for n in names if isinstance(module := modules[n], nn.Linear)]
     if not plain or not tables or len(heads) > 1 or len(tables) + len(heads) < len(names):
         return None
     shared = tuple(modules[n] for n in tables[1:])
     if heads:
-        return TiedEmbeddingLayer(tables[0], modules[tables[0]], shared, heads[0], modules[heads[0]])
+        return TiedEmbeddingLayer(tables[0], modules[tables[0]], shared, *heads[0])
     return EmbeddingLayer(tables[0], modules[tables[0]], shared)
 
 
@@ -170,9 +172,8 @@ def kept_modules(model: nn.Module, exclude: Selection = (), include: Selection |
 def selected(model: nn.Module, selection: Selection, argument: str) -> set[str]:
     """The names of some modules and of all that is inside them."""
     modules = dict(model.named_modules())
-    single = isinstance(selection, (str, nn.Module))
     names: set[str] = set()
-    for item in [selection] if single else selection:
+    for item in [selection] if isinstance(selection, (str, nn.Module)) else selection:
         if isinstance(item, nn.Module):
             found = [name for name, module in modules.items() if module is item]
         elif item in modules:

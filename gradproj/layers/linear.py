@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ class LinearLayer(Layer):
     """y = W x + b on rows x (..., d)."""
 
     kind = "Linear"
-    modules = (nn.Linear,)
+    modules: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
     functions = {
         F.linear: Call(("input", "weight", "bias")),
         F.multi_head_attention_forward: Call(ATTENTION, "out_proj_weight", "out_proj_bias"),
@@ -30,6 +30,14 @@ class LinearLayer(Layer):
         weight = arguments["out_proj_weight"]
         changed = {"out_proj_weight": torch.eye(len(weight), weight.shape[1]).to(weight), "out_proj_bias": None}
         return [function(**{**arguments, **changed})[0]]
+
+    def outputs(
+        self, function: Callable[..., Any], arguments: Mapping[str, Any], weight: Tensor | None, bias: Tensor | None
+    ) -> list[Tensor]:
+        if function is not F.multi_head_attention_forward:
+            return super().outputs(function, arguments, weight, bias)
+        weight = torch.zeros_like(self.all_parameters[0]) if weight is None else weight
+        return [F.linear(inputs, weight, bias) for inputs in self.inputs(function, arguments)]
 
     def weight_columns(self, inputs: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
         return [inputs.reshape(-1, inputs.shape[-1]).T]
@@ -45,7 +53,7 @@ class TransposedLinearLayer(LinearLayer):
     """y = x W + b with W (d, o): the Conv1D of GPT-2 and its relatives in the transformers library."""
 
     kind = "Conv1D"
-    modules = ()
+    modules: ClassVar[tuple[type[nn.Module], ...]] = ()
     functions = {torch.addmm: Call(("bias", "input", "weight"))}
 
     @classmethod

@@ -6,8 +6,9 @@ padding, casting or rescaling. What counts is the call: F.linear(x, W, b) means 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -114,8 +115,9 @@ def plain_paths() -> Iterator[None]:
     for inference, which hide their weights and zero padded rows."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    compiled = "torch._dynamo" in sys.modules  # else nothing is, and setting a stance would take seconds to import it
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -40,7 +40,7 @@ def bars(
         highest = max(0.0, *(m + e for m, e in zip(means, errors, strict=True)))
         span = (highest - lowest) or 1.0
         room = 0.14 * span  # for the numbers at the bars' ends
-        digits = min(4, max(1, 2 - int(np.floor(np.log10(span)))))  # of the largest, three
+        digits = min(2 if signed[part] else 4, max(1, 2 - int(np.floor(np.log10(span)))))  # of the largest, three
         for x, (method, estimate) in enumerate(zip(scores, estimates, strict=True)):
             if estimate is None:
                 axes.text(x, 0.1 * room, "–", ha="center", va="bottom", fontsize=TICK)

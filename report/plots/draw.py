@@ -75,7 +75,8 @@ def draw_comparison(rows: Sequence[Row], save: Save) -> None:
     draw_costs({name: row for name, row in shown.items() if row.method != "multitask"}, looks, title, stem, save)
     draw_interference(shown, {name: found.color for name, found in looks.items()}, title, stem, save)
     for name, row in shown.items():
-        heading = title.replace(" data)", f" data), {name}, {_seeds({name: row})}", 1)
+        words = ("mean over " if len(row.runs) > 1 else "") + runs_in_words(row.runs)
+        heading = title.replace(" data)", f" data), {name}, {words}", 1)
         save(accuracy_heat_map(mean_matrix(matrices[name]), heading), f"{stem}-{row.method}-accuracy")
         columns = mean_columns([run.summary.get("memory_columns") or {} for run in row.runs])
         if columns:

@@ -66,7 +66,7 @@ def test_damaged_files_are_named(tmp_path, small_set):
         }
         for damage in bad.values():
             (folder / name).write_bytes(damage)
-            with pytest.raises(DataError, match=rf"{name}.*delete the folder") as caught:
+            with pytest.raises(DataError, match=rf"{name}.*delete this file") as caught:
                 raw.load_raw("mnist", tmp_path)
             assert "\n" not in str(caught.value)
             COUNTS["damaged files"] += 1

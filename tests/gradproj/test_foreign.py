@@ -292,7 +292,7 @@ class TestLeaks:
         learned = Learned(model, forward=lambda x: model["b"](F.linear(x, model["a"].weight)))
         assert not learned.verified.holds
         assert learned.said == [
-            "a gradient of a came past its projection: old tasks may be forgotten through it",
+            "a gradient of a came past its projection, or is left from before: old tasks may be forgotten through it",
         ]
 
     @pytest.mark.parametrize("in_place", [False, True])
@@ -336,6 +336,19 @@ class TestLeaks:
         verified = memory.verify(model, OLD)
         assert verified.others == ["0.weight", "0.bias"]
         assert not verified.holds
+
+    def test_a_layer_frozen_since(self):
+        model = mlp()
+        memory = GradientProjectionMemory(model)
+        model[0].requires_grad_(False)
+        memory.update(model, [OLD], threshold=1.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with memory.protect(optimizer):
+            model(NEW).square().mean().backward()
+            optimizer.step()
+        verified = memory.verify(model, OLD)
+        assert verified.holds
+        assert verified.layers["0"].moved == 0
 
     def test_another_number_of_inputs_since(self):
         memory = remembering(model := mlp())

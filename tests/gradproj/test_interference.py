@@ -60,6 +60,22 @@ def test_hooks_on_the_outputs_change_nothing():
     assert moved(model, torch.randn(6, 4), lambda name, p: 0.5 * p)["0"]["ratio"] == pytest.approx(0.5, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:not protected")
+def test_layers_of_every_kind():
+    """ΔW = W / 2 everywhere, so ΔW x = W x / 2 at each layer's own old inputs."""
+    torch.manual_seed(0)
+    for model, batch in (
+        (nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), torch.randn(2, 3, 8)),
+        (nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 2)), torch.tensor([[1, 2]])),
+        (nn.Sequential(nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular")), torch.randn(2, 3, 9)),
+        (nn.Sequential(nn.ConvTranspose1d(3, 4, 3, stride=2)), torch.randn(2, 3, 9)),
+    ):
+        found = moved(model, batch, lambda name, p: 0.5 * p)
+        assert found.keys() == find_layers(model).keys()
+        for ratio in found.values():
+            assert ratio["ratio"] == pytest.approx(0.5, rel=1e-4)
+
+
 def run_tiny(folder, **changes):
     return run(tiny.options(folder, **changes), tiny.benchmark(), tiny.Network())
 

@@ -12,15 +12,18 @@ from engine.seeds import generator
 from gradproj.errors import InputError
 from gradproj.layers import find_layers
 from gradproj.representation import Representation
+from methods import METHODS
 from methods.adam_nscl import used_directions
 from methods.dual_gpm import Half
 from methods.parts.conceptors import Conceptor, both, conceptor, either
 from methods.parts.perturbation import computing_with, of_length
-from methods.parts.regions import strongest_directions
+from methods.parts.regions import gradient_rows, layer_gradients, strongest_directions
 from methods.parts.replay import Reservoir
+from methods.parts.scaled import scaled_parts, scaled_projector
 from methods.parts.side_paths import SidePath, side_paths
+from report.published import SUCCESSORS
 from tests import reference
-from tests.methods.cases import KINDS, LR, MethodCase, Slow, SlowGPM, put, rows, train
+from tests.methods.cases import KINDS, LR, MethodCase, Slow, SlowGPM, pictures_network, put, rows, train
 from tests.tiny_nets import SingleHead, method
 
 
@@ -30,6 +33,12 @@ class TestNaive(MethodCase):
 
 class TestGPM(MethodCase):
     name, slow = "gpm", SlowGPM
+
+
+def test_steps_that_may_be_taken_otherwise_than_one_operation_at_a_time():
+    assert [name for name in SUCCESSORS if METHODS[name].plain_step] == ["dual_gpm", "sgp"]
+    assert [name for name in SUCCESSORS if METHODS[name].graph_step] == ["dfgp", "trgp", "code_cl"]
+    assert [name for name in SUCCESSORS if METHODS[name].task_identity] == ["trgp", "code_cl", "cuber"]
 
 
 # DualGPM
@@ -50,6 +59,7 @@ def test_dual_gpm_keeps_the_smaller_basis():
         half = Half.of(M[:, :k])
         assert (half.columns.shape, half.of_complement) == ((7, size), of_complement)
         assert_close(half.basis() @ half.basis().T, M[:, :k] @ M[:, :k].T)
+    assert not Half.of(torch.eye(6)[:, :3]).of_complement, "where both are as small, M needs no work"
 
 
 # SGP
@@ -217,6 +227,21 @@ def outputs_of(learner, images, t):
         return learner.model.eval()(images, t)
 
 
+def test_trgp_by_the_released_rule_takes_one_direction_fewer_on_the_first_task_alone():
+    sizes, held = {}, []
+    for protocol in ("paper", "released"):
+        learner = method(SingleHead(), "trgp", protocol=protocol, threshold=(0.9,), threshold_step=0.0)
+        for t in range(2):
+            task = KINDS["one"].task(t)
+            learner.before_task(t, task)
+            learner.after_task(t, task)
+            inputs = learner.memory.gather(learner.model, learner.representative(t, task.train)[0])["fc1"]
+            held.append(inputs.energies(learner.span("fc1", t)).sum() / inputs.outer.trace())
+        sizes[protocol] = len(learner.regions[0]["fc1"])
+    assert sizes["released"] == sizes["paper"] - 1
+    assert [share >= 0.9 for share in held] == [True, True, False, True]
+
+
 def test_trust_regions_are_the_nearest_two():
     trgp = method(SingleHead(), "trgp", region_threshold=0.4)
     trgp.memory.bases["fc1"] = torch.eye(12).double()[:, :8]
@@ -235,6 +260,8 @@ def test_trust_regions_are_the_nearest_two():
 def test_trust_regions_are_columns_of_the_memory():
     generator = torch.Generator().manual_seed(0)
     M = torch.linalg.qr(torch.randn(6, 2, dtype=torch.float64, generator=generator)).Q
+    R = M @ torch.tensor([[1.0], [2.0]]).double()  # the second is the stronger
+    assert strongest_directions(M, Representation(6).add(R), 1.0, "paper")[1].tolist() == [0, 1]
     R = 3 * torch.outer(M[:, 1], torch.randn(9, generator=generator).double())  # the second old direction is strong
     R = R + 0.3 * torch.randn(6, 9, dtype=torch.float64, generator=generator)
     basis, taken = strongest_directions(M, Representation(6).add(R), 0.9, "paper")
@@ -245,6 +272,32 @@ def test_trust_regions_are_columns_of_the_memory():
     assert (R.T @ basis[:, taken]).square().sum() - weakest < 0.9 * R.square().sum()
     assert len(strongest_directions(M, Representation(6).add(R), 0.9, "released")[1]) == len(taken) - 1
     assert strongest_directions(M, Representation(6).add(0 * R), 0.9, "paper")[1].tolist() == []
+
+
+def test_regions_are_chosen_by_the_gradient_of_some_images():
+    learner, task = method(SingleHead(), "trgp"), KINDS["one"].task(0)
+    learner.model.fc1.weight.grad = torch.ones_like(learner.model.fc1.weight)  # left over from before
+    found = layer_gradients(learner, 2, task.train, 5)
+    assert learner.model.fc1.weight.grad is None
+    order = torch.randperm(len(task.train.labels), generator=generator(learner.options.seed, "regions", 2))[:5]
+    F.cross_entropy(learner.model(task.train.images[order], 2), task.train.labels[order]).backward()
+    assert_close(found, {name: rows(getattr(learner.model, name), "grad") for name in ("fc1", "fc2")})
+    learner.model.fc2.weight.grad = None
+    found = gradient_rows(learner.memory.layers)
+    assert_close(found["fc1"], rows(learner.model.fc1, "grad"))
+    assert_close(found["fc2"], torch.zeros(3, 7).double())
+
+
+@pytest.mark.parametrize("k", [0, 20, 70, 150, 200])
+def test_projection_by_degrees(k):
+    layer = find_layers(nn.Linear(200, 3, bias=False).double())[""]
+    M = torch.linalg.qr(torch.randn(200, k).double()).Q
+    scale, G = torch.rand(k).double(), torch.randn(3, 200).double()
+    projected, _ = scaled_projector(layer, {"": M}, {"": scale})(G)
+    assert_close(projected, G - G @ M @ torch.diag(scale) @ M.T)
+    assert_close(
+        scaled_parts([layer], {layer.module.weight: G}, {"": M}, {"": scale})[layer.module.weight], G - projected
+    )
 
 
 @pytest.mark.parametrize(
@@ -429,13 +482,13 @@ class TestCODECL(MethodCase):
 
     def test_layers_are_scaled_where_inputs_are_alike(self, kind):
         scaled = []
-        for overlap in (0.1, 0.3, 1.1):
-            learner = self.make(kind, code_overlap=overlap)
+        for overlap, n in ((0.1, 5), (0.3, 5), (1.1, 5), (0.1, 1000)):
+            learner = self.make(kind, code_overlap=overlap, code_directions=n)
             for t in range(3):
                 train(learner, t, kind.task(t))
             scaled.append(sum(map(len, learner.directions)))
             assert all(shift.abs().max() > 1e-4 for shifts in learner.shifts for shift in shifts.values())
-        assert scaled[0] > scaled[1] > scaled[2] == 0
+        assert scaled[0] > scaled[1] > scaled[2] == scaled[3] == 0
 
 
 def test_code_cl_needs_a_number_of_samples():
@@ -542,6 +595,10 @@ class TestCUBER(MethodCase):
     name, slow = "cuber", SlowCUBER
     changes = {"region_threshold": 0.2, "region_images": 20, "threshold": (0.8,), "cuber_lambda": 0.3}
 
+    def make(self, kind, **changes):
+        """With an agreement that some old tasks keep to and others cease to."""
+        return super().make(kind, **{"cuber_agreement": 0.26 if kind is KINDS["one"] else 0.06} | changes)
+
     def test_old_tasks_are_helped_until_gradients_disagree(self, kind):
         cuber = self.make(kind, cuber_agreement=0.25 if kind is KINDS["one"] else 0.0)
         train(cuber, 0, kind.task(0))
@@ -560,6 +617,14 @@ class TestCUBER(MethodCase):
             cuber.after_task(t, kind.task(t))
         assert len(chosen) > len(dropped) > 0
 
+    def test_gradients_are_those_at_the_weights_that_a_task_is_tested_with(self, kind):
+        cuber = self.make(kind)
+        slow = SlowCUBER(kind.model(), cuber.options)
+        for t in range(2):
+            train(cuber, t, kind.task(t))
+            slow.learn(t, kind.task(t))
+            assert_close(cuber.gradients[t], slow.learned[t])
+
     def test_that_helps_nobody_is_trgp(self, kind):
         changes = {name: value for name, value in self.changes.items() if name != "cuber_lambda"}
         cuber, trgp = self.make(kind, cuber_agreement=1.1), method(kind.model(), "trgp", **changes)
@@ -577,7 +642,9 @@ def test_cuber_moves_in_what_helps_and_nobody_else_uses():
     cuber.helping = {"fc1": [0]}
     assert cuber.closed("fc1") == [2, 3, 4]
     M = cuber.memory.bases["fc1"]
-    (project,) = cuber.projector(cuber.memory.layers["fc1"]).groups
+    assert cuber.projector(cuber.memory.layers["fc1"]).is_idle, "its gradients are tested before they are projected"
+    cuber.close()
+    (project,) = cuber.late_projectors["fc1"].groups
     assert_close(project(M.T), M.T * torch.tensor([1.0, 1, 0, 0, 0]).double()[:, None])
 
 
@@ -687,7 +754,7 @@ class SlowFSDGPM(SlowGPM):
 
 class TestFSDGPM(MethodCase):
     name, slow = "fs_dgpm", SlowFSDGPM
-    changes = {"momentum": 0.9, "memory_images": 30, "fs_eta1": 0.1, "fs_eta2": 5.0, "threshold": (0.8,)}
+    changes = {"momentum": 0.9, "memory_images": 30, "fs_eta1": 0.1, "fs_eta2": 5e4, "threshold": (0.8,)}
 
 
 class TestFSDGPMFirstOrder(TestFSDGPM):
@@ -709,6 +776,24 @@ def test_fs_dgpm_learns_how_firmly_to_hold():
     start = torch.sigmoid(torch.tensor(10.0)).double()
     assert all((value - start).abs().max() > 1e-6 for value in firmness)
     assert learner.lr == learner.options.lr
+
+
+def test_fs_dgpm_cuts_gradients_to_a_norm():
+    learner = method(pictures_network(), "fs_dgpm", memory_images=30)
+    with torch.no_grad():
+        for head in learner.model.heads:
+            head.weight *= 50
+    for t in range(2):
+        task = KINDS["many"].task(t)
+        learner.before_task(t, task)
+        with learner.learning(t, task):
+            learner.model.zero_grad()
+            learner.backward(*task.train, t)
+            found = [p.grad for p in learner.model.parameters() if p.grad is not None]
+            norm = sum(g.square().sum() for g in found).sqrt().item()
+            assert norm == pytest.approx(2) if t == 0 else 0.1 < norm <= 2  # then most of it is projected away
+            assert learner.model.heads[0].weight.grad.norm() < 0.05, "the head of an earlier task is cut with the rest"
+        learner.after_task(t, task)
 
 
 def test_fs_dgpm_looks_less_far_as_the_rate_falls():
@@ -770,10 +855,12 @@ class TestAdamNSCL(MethodCase):
 
 
 def test_the_null_space_of_a_singular_covariance_is_what_no_input_uses():
-    V = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
-    outer = V @ torch.diag(torch.tensor([4.0, 2.0, 1.0, 1e-3, 0.0, 0.0]).double()) @ V.T
-    used = used_directions(outer, 10.0)
-    assert used.shape == (6, 4)
-    assert_close(used @ used.T, V[:, :4] @ V[:, :4].T)
-    assert used_directions(outer + torch.eye(6), 2.5).shape == (6, 2)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        V = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=random)).Q
+        outer = V @ torch.diag(torch.tensor([4.0, 2.0, 1.0, 1e-3, 0.0, 0.0]).double()) @ V.T
+        used = used_directions(outer, 10.0)
+        assert used.shape == (6, 4)
+        assert_close(used @ used.T, V[:, :4] @ V[:, :4].T)
+        assert used_directions(outer + torch.eye(6), 2.5).shape == (6, 2)
     assert used_directions(0 * outer, 10.0).shape == (6, 0)

@@ -110,7 +110,7 @@ def test_nothing_that_a_summary_says_becomes_html(tmp_path, page):
             "commit": EVIL,
             "device": EVIL,
         },
-        **{"tasks": [{"name": EVIL}, {"name": EVIL}], "hyperparameters": {EVIL: EVIL}, "versions": {EVIL: EVIL}},
+        **{"tasks": [{"name": EVIL}] * 2, "hyperparameters": {EVIL: EVIL}, "versions": {EVIL: EVIL}},
         "data": {"kind": "real", "notes": [EVIL], "sources": {EVIL: {"verified": False}}},
     }
     write(tmp_path / "runs" / "a", **changes)
@@ -155,14 +155,7 @@ FLAGS = (
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_in_a_browser(runs, page, tmp_path):
     """A click on a heading sorts by the numbers; what a summary says is not run; the picture is drawn."""
-    write(
-        runs / "d",
-        method="er",
-        title=EVIL,
-        task_identity=False,
-        average_accuracy=50.0,
-        tasks=[{"name": EVIL}, {"name": EVIL}],
-    )
+    write(runs / "d", method="er", title=EVIL, task_identity=False, average_accuracy=50.0, tasks=[{"name": EVIL}] * 2)
     path = page()
     clicks = """<script type="module">
     const heading = [...document.querySelectorAll("th")].find(th => th.textContent.startsWith("ACC %"));
