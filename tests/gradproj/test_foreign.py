@@ -722,8 +722,9 @@ class TestBatches:
             [[OLD, torch.zeros(3)]],
             torch.utils.data.DataLoader(torch.utils.data.TensorDataset(OLD, torch.zeros(3)), batch_size=2),
             (OLD[i : i + 1] for i in range(3)),
+            OLD.split(2),
         ],
-        ids=["list", "tensor", "dict", "dicts", "pairs", "lists", "loader", "generator"],
+        ids=["list", "tensor", "dict", "dicts", "pairs", "lists", "loader", "generator", "split"],
     )
     def test_of_any_kind(self, batches):
         memory = GradientProjectionMemory(model := mlp())
