@@ -431,6 +431,15 @@ class TestOptimizers:
                 optimizer.step()
         assert memory.verify(model, OLD).holds
 
+    def test_projected_by_protect_update_beside(self):
+        model = mlp()
+        memory = remembering(model)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        with memory.protect(), memory.protect_update(optimizer):
+            model(NEW).square().mean().backward()
+            optimizer.step()
+        assert memory.verify(model, OLD).holds
+
     def test_with_a_closure(self):
         model = mlp()
         memory = remembering(model)
@@ -675,6 +684,7 @@ class TestVerify:
         verified = memory.verify(model, OLD)
         assert not verified.holds
         assert "the guarantee does NOT hold" in str(verified)
+        assert 1e-6 < verified.layers["2"].explained * 10 < 1e-4
         assert verified.layers["2"].inside > verified.layers["2"].explained
         assert verified.layers["0"].moved == 0
 
@@ -730,6 +740,17 @@ class TestBatches:
         memory = GradientProjectionMemory(model := mlp())
         memory.update(model, batches, threshold=1.0)
         assert memory.columns == {"0": 3, "2": 3, "4": 3}
+
+    def test_what_of_a_pair_a_model_needs(self):
+        class Net(nn.Linear):
+            def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+                assert labels is None
+                return super().forward(x)
+
+        net = Net(D, 2)
+        memory = GradientProjectionMemory(net)
+        memory.update(net, [(OLD, torch.zeros(3))], threshold=1.0)
+        assert memory.columns == {"": 3}
 
     @pytest.mark.parametrize(
         ("batches", "message"),
@@ -815,7 +836,9 @@ class TestPasses:
         assert memory.bases["q"] is memory.bases["k"]
 
     @pytest.mark.parametrize("n", [4, 60], ids=["columns", "R Rᵀ"])
-    @pytest.mark.parametrize("when", ["a second application", "another batch", "the first batch"])
+    @pytest.mark.parametrize(
+        "when", ["a second application", "another batch", "the first batch", "a is ahead", "twice the same"]
+    )
     def test_layers_that_part_keep_their_own(self, when, n):
         class Parting(nn.Module):
             def __init__(self) -> None:
@@ -824,8 +847,16 @@ class TestPasses:
 
             def forward(self, batch) -> Tensor:
                 x, y = batch
+                if when == "a is ahead":
+                    self.a(x.cos())
                 out = self.a(x) + self.b(x if y is None else y)
-                return self.b(out) if when == "a second application" else out
+                if when == "twice the same":
+                    self.a(x)
+                if when != "a second application":
+                    return out
+                result = self.b(out)
+                out.relu_()  # what b was given is not there any more
+                return result
 
         memory = GradientProjectionMemory(model := Parting())
         one, other = torch.randn(n, D), torch.randn(n, D)
@@ -834,7 +865,9 @@ class TestPasses:
             batches = [(one, other), (other, None)]
         seen = {"a": [], "b": []}
         hooks = [
-            getattr(model, name).register_forward_hook(lambda _, args, __, name=name: seen[name].append(args[0]))
+            getattr(model, name).register_forward_hook(
+                lambda _, args, __, name=name: seen[name].append(args[0].clone())
+            )
             for name in seen
         ]
         gathered = memory.gather(lambda batch: model(batch), batches)
