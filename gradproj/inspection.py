@@ -1,33 +1,43 @@
-"""What a memory covers, costs and keeps, as reports for people: before the first task, and after training."""
+"""What a memory covers and will cost, as reports for people."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gradproj.batches import Forward, in_eval_mode, masks, runner
-from gradproj.errors import InputError
 from gradproj.layers import Layer
 from gradproj.layers.uses import Uses, plain_paths
 from gradproj.normalization import is_normalization
 from gradproj.representation import Gatherer, Mask, Representation, SeenRows
 from gradproj.subspace import extend_basis
 
-if TYPE_CHECKING:
-    from gradproj.memory import GradientProjectionMemory
-
 DECOMPOSED = 1024  # inputs of a layer up to which `inspect` decomposes what it sees
-ROUNDINGS = 16  # a movement of so many roundings is still explained by them
-HELD = 1e-5  # inputs of which no larger share is outside a basis are all inside, as single precision sees it
 
 
-def table(memory: GradientProjectionMemory) -> str:
+class Memory(Protocol):
+    """What reports need of a GradientProjectionMemory."""
+
+    model: nn.Module
+    layers: dict[str, Layer]
+    bases: dict[str, Tensor]
+
+    @property
+    def columns(self) -> dict[str, int]: ...
+
+    @property
+    def input_sizes(self) -> dict[str, int]: ...
+
+    @property
+    def unprotected(self) -> list[str]: ...
+
+
+def table(memory: Memory) -> str:
     """A memory as a table: for each subspace its layer's kind, d, k and share; then what is frozen or not protected."""
     sizes, columns = memory.input_sizes, memory.columns
     lines = [("layer", "kind", "d", "k", "share", "state")]
@@ -95,9 +105,7 @@ class Check:
         return "\n".join([self.layers, *(said or ["every trained parameter is protected"]), cost])
 
 
-def inspect(
-    memory: GradientProjectionMemory, forward: Forward, batch: Any, thresholds: Mapping[str, float], mask: Mask | None
-) -> Check:
+def inspect(memory: Memory, forward: Forward, batch: Any, thresholds: Mapping[str, float], mask: Mask | None) -> Check:
     """Run a batch without learning from it; see `GradientProjectionMemory.check`."""
     gatherer = Gatherer(memory.layers)
     leaks: dict[str, None] = {}
@@ -142,235 +150,3 @@ def products_per_second() -> float:
     began = time.perf_counter()
     matrix @ matrix
     return 2 * len(matrix) ** 3 / (time.perf_counter() - began)
-
-
-@dataclass(frozen=True)
-class Movement:
-    """How far one layer has moved on some inputs, relative to its output W x there.
-
-    Attributes:
-        moved: ‖ΔW x‖ / ‖W x‖.
-        inside: the part of that in the directions that the basis holds; rounding, if all is well.
-        explained: what rounding of the weights, once a step, makes of that, about.
-        outside: ‖R - M Mᵀ R‖ / ‖R‖, the share of the inputs that the basis does not hold.
-    """
-
-    moved: float
-    inside: float
-    explained: float
-    outside: float
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How far a model has moved since it was last remembered.
-
-    Attributes:
-        moved: of the model's outputs on the batch, ‖Δy‖ / ‖y‖.
-        explained: what rounding of the weights, once a step, and of the outputs makes of that, about.
-        layers: by name.
-        others: parameters without protection, and buffers, that have moved.
-    """
-
-    moved: float
-    explained: float
-    layers: dict[str, Movement]
-    others: list[str]
-
-    @property
-    def holds(self) -> bool:
-        """Whether nothing has moved that is remembered: what the bases hold of the inputs, and what has no basis."""
-        still = not self.others and all(m.inside <= m.explained for m in self.layers.values())
-        all_held = all(m.outside <= HELD for m in self.layers.values())
-        return still and (self.moved <= self.explained or not all_held)
-
-    def __str__(self) -> str:
-        lines: list[tuple[str, ...]] = [("layer", "moved", "inside the basis", "of it rounding", "inputs outside")]
-        for name, m in self.layers.items():
-            lines.append((name or "(model)", *(f"{x:.1e}" for x in (m.moved, m.inside, m.explained, m.outside))))
-        end = f"outputs moved by {self.moved:.1e} of themselves; rounding explains {self.explained:.1e}"
-        others = [f"moved without protection: {', '.join(self.others)}"] if self.others else []
-        verdict = "the guarantee holds" if self.holds else "the guarantee does NOT hold"
-        if self.holds and self.moved > self.explained:
-            verdict += ": what the bases hold has not moved; outputs moved by the inputs outside them"
-        return "\n".join([aligned(lines), end, *others, verdict])
-
-
-@torch.no_grad()
-def verification(
-    memory: GradientProjectionMemory,
-    reference: Mapping[str, Tensor],
-    steps: int,
-    forward: Forward,
-    batch: Any,
-    mask: Mask | None,
-) -> Verification:
-    """Compare a model with what it was when it was last remembered; see `GradientProjectionMemory.verify`.
-
-    Args:
-        memory: of the model.
-        reference: its trained parameters and its buffers as they were then.
-        steps: that optimisers have taken since.
-        forward, batch, mask: as in `verify`.
-    """
-    model = memory.model
-    run, which = runner(forward, model), masks(mask, batch)
-    there = current(model)
-    grown = [name for name, value in reference.items() if name in there and there[name].shape != value.shape]
-    reference = {name: value for name, value in reference.items() if name not in grown}
-    now = {name: value.detach().clone() for name, value in there.items() if name in reference}
-    names = {id(p): name for name, p in model.named_parameters()}
-    covered = {names[id(p)] for layer in memory.layers.values() for p in layer.parameters if p is not None}
-    if resized := [name for name in grown if name in covered]:
-        raise InputError(f"{', '.join(resized)} had another shape when it was remembered, so nothing can be compared")
-    changes = {
-        name: [None if p is None else now[names[id(p)]] - reference[names[id(p)]].to(p) for p in layer.parameters]
-        for name, layer in memory.layers.items()
-    }
-    generator = torch.Generator().manual_seed(0)
-    trained = set(names.values())
-    shaken = {n: _rounded(value, now[n], max(1, steps), generator) for n, value in reference.items() if n in trained}
-    noise = {
-        name: [None if p is None else shaken[names[id(p)]] - reference[names[id(p)]] for p in layer.parameters]
-        for name, layer in memory.layers.items()
-    }
-    found: dict[str, Movement] = {}
-    roundings: list[float] = []  # of one output, by what layers compute in
-
-    def use(layer: Layer, function: Any, arguments: Mapping[str, Any]) -> None:
-        roundings.append(torch.finfo(_computed_in(layer)).eps / 2)
-        for inputs in layer.inputs(function, arguments):
-            seen = layer.seen(inputs, function, arguments)
-            movement = _movement(memory, layer, seen, changes[layer.name], noise[layer.name])
-            if layer.name not in found or movement.moved > found[layer.name].moved:
-                found[layer.name] = movement
-
-    with in_eval_mode(model), plain_paths():
-        after = list(outputs(run(batch), which))
-        with put(model, reference):
-            with Uses(memory.layers.values(), use):
-                before = list(outputs(run(batch), which))
-            with put(model, shaken):
-                rounded = list(outputs(run(batch), which))
-    length = norm(before) or 1.0
-    moved = norm([a - b for a, b in zip(after, before, strict=True)]) / length
-    by_weights = norm([a - b for a, b in zip(rounded, before, strict=True)]) / length
-    explained = ROUNDINGS * max(by_weights, *roundings, 0.0)
-    others = [n for n, v in now.items() if n not in covered and not torch.equal(v, reference[n].to(v))]
-    others = [n for n in others if not n.endswith("num_batches_tracked")]
-    others += [
-        n for n, p in model.named_parameters() if p.requires_grad and n not in reference
-    ]  # grown, or frozen then
-    return Verification(moved, explained, found, others)
-
-
-def _movement(
-    memory: GradientProjectionMemory,
-    layer: Layer,
-    seen: Iterable[Mapping[str, Tensor]],
-    change: Sequence[Tensor | None],
-    noise: Sequence[Tensor | None],
-) -> Movement:
-    """Of one application of a layer, all its subspaces together.
-
-    Args:
-        memory: whose bases.
-        layer: with the parameters as they were.
-        seen: by it, block by block.
-        change, noise: of weight and bias: how they have moved, and what rounding alone would have done.
-    """
-    parameters, delta, shaken = (
-        [None if p is None else p.to(layer.device).double() for p in given]
-        for given in (layer.parameters, change, noise)
-    )
-    moved, inside, rounding, whole, held, energy = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    for block in seen:
-        for key, columns in block.items():
-            basis = memory.bases[key].to(columns.device)
-            if basis.ndim == 1:  # an embedding: rows that were looked up
-                assert parameters[0] is not None and delta[0] is not None and shaken[0] is not None
-                looked_up = torch.isin(columns, basis)
-                moved += delta[0][columns].square().sum().item()
-                inside += delta[0][columns[looked_up]].square().sum().item()
-                rounding += shaken[0][columns].square().sum().item()
-                whole += parameters[0][columns].square().sum().item()
-                held, energy = held + looked_up.sum().item(), energy + len(columns)
-                continue
-            columns = columns.double()
-            part = basis @ (basis.T @ columns)
-            moved += (_rows_of(layer, key, delta) @ columns).square().sum().item()
-            inside += (_rows_of(layer, key, delta) @ part).square().sum().item()
-            rounding += (_rows_of(layer, key, shaken) @ columns).square().sum().item()
-            whole += (_rows_of(layer, key, parameters) @ columns).square().sum().item()
-            held, energy = held + part.square().sum().item(), energy + columns.square().sum().item()
-    outside = max(0.0, 1 - held / energy) ** 0.5 if energy else 0.0
-    scale = whole**0.5 or 1.0
-    return Movement(moved**0.5 / scale, inside**0.5 / scale, ROUNDINGS * rounding**0.5 / scale, outside)
-
-
-def _computed_in(layer: Layer) -> torch.dtype:
-    """The dtype of a layer's products at the moment, which under autocast is not that of its weights."""
-    kind = layer.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.dtype
-
-
-def _rows_of(layer: Layer, key: str, parameters: Sequence[Tensor | None]) -> Tensor:
-    """[W, b] of the group that a key names."""
-    return layer.rows(*parameters).chunk(layer.groups)[layer.keys.index(key) % layer.groups]
-
-
-def _rounded(value: Tensor, now: Tensor, steps: int, generator: torch.Generator) -> Tensor:
-    """A tensor as so many roundings leave it: each entry off by half an ulp in a random direction, a step.
-
-    Args:
-        value: as it was.
-        now: as it is; a rounding is of the larger of both.
-        steps: how many roundings.
-        generator: of the directions.
-    """
-    if not value.is_floating_point():
-        return value
-    size = torch.finfo(value.dtype).eps / 2 * steps**0.5
-    noise = torch.empty(value.shape).uniform_(-1, 1, generator=generator).double()
-    noise *= size * torch.maximum(value.abs(), now.abs().to(value)).double()
-    return (value.double() + noise).to(value.dtype)
-
-
-def current(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters and buffers by name."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
-@contextmanager
-def put(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within this context some of a model's parameters and buffers have other values."""
-    places = {name: tensor for name, tensor in current(model).items() if name in values}
-    before = {name: tensor.detach().clone() for name, tensor in places.items()}
-    try:
-        for name, tensor in places.items():
-            tensor.data.copy_(values[name])
-        torch.clear_autocast_cache()  # of casts of the other values
-        yield
-    finally:
-        for name, tensor in places.items():
-            tensor.data.copy_(before[name])
-        torch.clear_autocast_cache()
-
-
-def outputs(result: Any, mask: Tensor | None) -> Iterator[Tensor]:
-    """The floating-point tensors in what a forward returns, where the mask says that they count."""
-    if isinstance(result, Tensor):
-        if result.is_floating_point():
-            axes = mask is not None and mask.shape == result.shape[: mask.ndim]
-            yield result[mask].double() if axes else result.double()
-    elif isinstance(result, Mapping):
-        for part in result.values():
-            yield from outputs(part, mask)
-    elif isinstance(result, (list, tuple)):
-        for part in result:
-            yield from outputs(part, mask)
-
-
-def norm(tensors: Sequence[Tensor]) -> float:
-    """The length of some tensors together."""
-    return sum(t.square().sum().item() for t in tensors) ** 0.5 or 0.0

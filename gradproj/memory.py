@@ -14,7 +14,7 @@ from gradproj.batches import Forward, as_batches, in_eval_mode, masks, runner
 from gradproj.distributed import all_or_none, check_same_model, merge, refuse_sharded
 from gradproj.errors import DivergenceError, FullLayerWarning, InputError, warn_caller
 from gradproj.files import load_tensors, save_tensors
-from gradproj.inspection import Check, Verification, inspect, table, verification
+from gradproj.inspection import Check, inspect, table
 from gradproj.layers import Layer, Selection, find_layers, kept_modules
 from gradproj.layers.find import kind_of, unknown_weight
 from gradproj.normalization import frozen, normalization_parameters
@@ -23,6 +23,7 @@ from gradproj.projection import LayerProjector, full_float32, layer_projector
 from gradproj.protection import Protection, projecting, watching
 from gradproj.representation import Gatherer, Mask, Representation, SeenRows, finished
 from gradproj.subspace import FAST_THRESHOLD, RankRule, extend_basis, held_energy
+from gradproj.verification import Verification, verification
 
 MAX_MEMORY = 2 * 2**30  # bytes
 
