@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def check_benchmark(benchmark: Benchmark, method: Method) -> None:
         raise InputError(f"the tasks of {benchmark.name} are a {kind}; give a list of Task, or LazyTasks") from error
     n_tasks = method.options.n_tasks
     if there < n_tasks:
-        raise InputError(f"n_tasks is {n_tasks}, but {benchmark.name} has {there} tasks; give n_tasks {there} or less")
+        found = f"{there} tasks; give n_tasks {there} or less" if there else "no tasks"
+        raise InputError(f"n_tasks is {n_tasks}, but {benchmark.name} has {found}")
     n_heads = len(method.task_modules)
     if 0 < n_heads < n_tasks:
         raise InputError(
@@ -44,7 +46,7 @@ def check_tensors(task: Any, t: int, options: Options) -> None:
     n = task.n_classes
     if not isinstance(n, int) or n < 1:
         raise InputError(f"{task.name}: n_classes is {n!r}; it must be the number of classes, 1 or more")
-    if task.classes is not None and (isinstance(task.classes, str) or len(task.classes) != n):
+    if task.classes is not None and (isinstance(task.classes, str) or not _are_names(task.classes, n)):
         raise InputError(
             f"{task.name}: classes are {task.classes!r}; they must be {n} names or numbers, as n_classes says"
         )
@@ -57,6 +59,14 @@ def check_tensors(task: Any, t: int, options: Options) -> None:
         raise InputError(
             f"schedule is plateau, but {task.name} has no validation images; hold some out or use constant"
         )
+
+
+def _are_names(classes: Any, n: int) -> bool:
+    """Whether these are n texts or whole numbers."""
+    try:
+        return len(classes) == n == len([c if isinstance(c, str) else operator.index(c) for c in classes])
+    except TypeError:
+        return False
 
 
 def _check_split(split: Any, what: str, n_classes: int) -> None:

@@ -22,7 +22,7 @@ PART_FIELDS = ("shape", "dtype", "images", "labels", "images")  # what each entr
 def of_task(task: Task) -> dict[str, Any]:
     """A task's name, its classes in the order of the outputs, and the fingerprints of its parts."""
     classes = range(task.n_classes) if task.classes is None else task.classes
-    record: dict[str, Any] = {"name": task.name, "classes": [c if isinstance(c, str) else int(c) for c in classes]}
+    record: dict[str, Any] = {"name": str(task.name), "classes": [c if isinstance(c, str) else int(c) for c in classes]}
     return record | {part: [*of_split(getattr(task, part)), _sum(getattr(task, part).images)] for part in PARTS}
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from gradproj.errors import InputError
 
-HOW_TO_SAY = "keep the heads in `heads`, a list or dict of modules, or give the model a method task_modules(t)"
+HOW_TO_SAY = "keep the heads in `heads`, an nn.ModuleList or nn.ModuleDict, or give the model a method task_modules(t)"
 
 
 def task_modules(model: nn.Module, n_tasks: int) -> list[list[nn.Module]]:

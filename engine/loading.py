@@ -14,7 +14,7 @@ from torch import nn
 
 from engine.evaluation import network_for
 from engine.folder import load_checkpoint, weights_after
-from engine.method import Method
+from engine.method import OWN, Method
 from engine.options import Options, with_flags
 from engine.record import read_summary
 from gradproj import GradientProjectionMemory
@@ -83,6 +83,10 @@ def load_run(
             f"{folder} has no weights after task {after_task}, counted from 0: the run has learned "
             f"{state['position']} tasks, and only --keep each keeps the weights of all"
         )
+    own = {name: value for name, value in state["model"].items() if name.startswith(OWN)}
+    if own.keys() != {name for name in weights if name.startswith(OWN)}:
+        # Such parameters came with later tasks, each for its own task and fixed since.
+        weights = {name: value for name, value in weights.items() if not name.startswith(OWN)} | own
     model = make_model(description) if model is None else model
     method_type = find_method(config) if method is None else method
     options = with_flags(Options, method_type)

@@ -140,7 +140,9 @@ class RunTasks(Sequence[Task]):
         return task
 
     def _moved(self, task: Task) -> Task:
-        return replace(task, **{part: getattr(task, part).to(self.device) for part in PARTS})
+        """On the run's device, and without a history of gradients."""
+        parts = {part: getattr(task, part).to(self.device) for part in PARTS}
+        return replace(task, **{part: Split(images.detach(), labels) for part, (images, labels) in parts.items()})
 
     def _check_same(self, t: int, record: Mapping[str, Any]) -> None:
         if different := fingerprint.differences(self.records[t], record):

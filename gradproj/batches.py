@@ -24,7 +24,7 @@ def as_batches(batches: Any) -> Iterable[Any]:
     """
     if isinstance(batches, (Tensor, Mapping)):
         return [batches]
-    if isinstance(batches, tuple):
+    if isinstance(batches, tuple) and not _alike(batches):
         raise InputError(
             "batches is a tuple, which could be one batch or several; give a list: [batch], with the tuple as its "
             "batch, or [batch, batch, …]"
@@ -34,6 +34,11 @@ def as_batches(batches: Any) -> Iterable[Any]:
             f"batches is of type {type(batches).__name__}; give batches in a list or a DataLoader, or a tensor"
         )
     return batches
+
+
+def _alike(parts: tuple[Any, ...]) -> bool:
+    """Whether some tensors can be batches of one kind, as `tensor.split` makes them, rather than inputs and labels."""
+    return all(isinstance(part, Tensor) for part in parts) and len({(p.shape[1:], p.dtype) for p in parts}) <= 1
 
 
 def runner(forward: Forward, model: nn.Module) -> Forward:

@@ -71,8 +71,14 @@ def projected_updates(optimizer: torch.optim.Optimizer, projectors: Mapping[str,
     ]
     before: list[list[Tensor | None]] = []
 
+    @torch.no_grad()
     def remember(*_: Any) -> None:
-        before[:] = [[None if p is None else p.detach().clone() for p in each.layer.parameters] for each in busy]
+        if not before:  # the same memory for every step
+            before[:] = [[None if p is None else torch.empty_like(p) for p in each.layer.parameters] for each in busy]
+        for each, old in zip(busy, before, strict=True):
+            for p, o in zip(each.layer.parameters, old, strict=True):
+                if p is not None and o is not None:
+                    o.copy_(p)
 
     @torch.no_grad()
     def project(*_: Any) -> None:

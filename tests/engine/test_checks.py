@@ -73,6 +73,10 @@ BAD = {
     "more classes": (lambda task: replace(task, n_classes=4), "Network has 3 outputs for the 4 classes of clusters 1"),
     "no number of classes": (lambda task: replace(task, n_classes=3.0), "n_classes is 3.0; it must be the number of"),
     "too few names": (lambda task: replace(task, classes=["a"]), "classes are .*; they must be 3 names or numbers"),
+    "no names": (
+        lambda task: replace(task, classes=[0.5, None, "a"]),
+        "classes are .*; they must be 3 names or numbers",
+    ),
     "a pair": (lambda task: replace(task, train=tuple(task.train)), "training images are a tuple; give an .*Split"),
     "no task": (lambda task: task.train, "task 2 is a Split; it must be an engine.task.Task"),
 }
@@ -110,6 +114,7 @@ def test_a_bad_first_task_of_lazy_ones_leaves_nothing(tmp_path):
     ("tasks", "message"),
     [
         (lambda: tiny.benchmark(2).tasks, "n_tasks is 3, but tiny has 2 tasks; give n_tasks 2 or less"),
+        (list, "n_tasks is 3, but tiny has no tasks$"),
         (lambda: iter(tiny.benchmark().tasks), "the tasks of tiny are a list_iterator; give a list of Task, or Lazy"),
     ],
 )

@@ -66,6 +66,18 @@ class ByMethod(Body):
         return self.classifiers["all"][task]
 
 
+class Adapter(ByMethod):
+    """What a task has of its own is no head: all tasks share that."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifiers = nn.ModuleDict({"all": nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(N_TASKS))})
+        self.fc3 = nn.Linear(8, tiny.N_CLASSES, bias=False)
+
+    def forward(self, images, task):
+        return self.fc3(super().forward(images, task).relu())
+
+
 class Wrapped(nn.Module):
     def __init__(self):
         super().__init__()
@@ -146,14 +158,22 @@ def trained(model, folder, **changes):
     return moved
 
 
-@pytest.mark.parametrize("make", [InList, InDict, ByMethod, Wrapped])
+def in_parallel():
+    return nn.DataParallel(InList())
+
+
+def compiled():
+    return torch.compile(ByMethod(), backend="eager")
+
+
+@pytest.mark.parametrize("make", [InList, InDict, ByMethod, Adapter, Wrapped, in_parallel, compiled])
 def test_each_task_trains_the_shared_weights_and_its_own(tmp_path, make):
     model = make().double()
     for t, names in enumerate(trained(model, tmp_path)):
         own = {name for name in names if ".fc" not in f".{name}"}
         assert len(own) == 1
         assert f".{t}" in own.pop()
-        assert len(names) == 5
+        assert len(names) == 5 + (make is Adapter)
 
 
 @pytest.mark.parametrize("heads", [lambda: linears()[0], lambda: nn.ModuleList(linears()[:1])])

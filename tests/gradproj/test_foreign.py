@@ -431,6 +431,15 @@ class TestOptimizers:
                 optimizer.step()
         assert memory.verify(model, OLD).holds
 
+    def test_projected_by_protect_update_beside(self):
+        model = mlp()
+        memory = remembering(model)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        with memory.protect(), memory.protect_update(optimizer):
+            model(NEW).square().mean().backward()
+            optimizer.step()
+        assert memory.verify(model, OLD).holds
+
     def test_with_a_closure(self):
         model = mlp()
         memory = remembering(model)
@@ -671,10 +680,11 @@ class TestVerify:
     def test_weights_changed_by_hand(self):
         memory = remembering(model := mlp())
         with torch.no_grad():
-            model[2].weight += 1e-4
+            model[2].weight += 1e-5
         verified = memory.verify(model, OLD)
         assert not verified.holds
         assert "the guarantee does NOT hold" in str(verified)
+        assert 1e-6 < verified.layers["2"].explained * 10 < 1e-4
         assert verified.layers["2"].inside > verified.layers["2"].explained
         assert verified.layers["0"].moved == 0
 
@@ -722,13 +732,25 @@ class TestBatches:
             [[OLD, torch.zeros(3)]],
             torch.utils.data.DataLoader(torch.utils.data.TensorDataset(OLD, torch.zeros(3)), batch_size=2),
             (OLD[i : i + 1] for i in range(3)),
+            OLD.split(2),
         ],
-        ids=["list", "tensor", "dict", "dicts", "pairs", "lists", "loader", "generator"],
+        ids=["list", "tensor", "dict", "dicts", "pairs", "lists", "loader", "generator", "split"],
     )
     def test_of_any_kind(self, batches):
         memory = GradientProjectionMemory(model := mlp())
         memory.update(model, batches, threshold=1.0)
         assert memory.columns == {"0": 3, "2": 3, "4": 3}
+
+    def test_what_of_a_pair_a_model_needs(self):
+        class Net(nn.Linear):
+            def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+                assert labels is None
+                return super().forward(x)
+
+        net = Net(D, 2)
+        memory = GradientProjectionMemory(net)
+        memory.update(net, [(OLD, torch.zeros(3))], threshold=1.0)
+        assert memory.columns == {"": 3}
 
     @pytest.mark.parametrize(
         ("batches", "message"),
@@ -814,7 +836,9 @@ class TestPasses:
         assert memory.bases["q"] is memory.bases["k"]
 
     @pytest.mark.parametrize("n", [4, 60], ids=["columns", "R Rᵀ"])
-    @pytest.mark.parametrize("when", ["a second application", "another batch", "the first batch"])
+    @pytest.mark.parametrize(
+        "when", ["a second application", "another batch", "the first batch", "a is ahead", "twice the same"]
+    )
     def test_layers_that_part_keep_their_own(self, when, n):
         class Parting(nn.Module):
             def __init__(self) -> None:
@@ -823,8 +847,16 @@ class TestPasses:
 
             def forward(self, batch) -> Tensor:
                 x, y = batch
+                if when == "a is ahead":
+                    self.a(x.cos())
                 out = self.a(x) + self.b(x if y is None else y)
-                return self.b(out) if when == "a second application" else out
+                if when == "twice the same":
+                    self.a(x)
+                if when != "a second application":
+                    return out
+                result = self.b(out)
+                out.relu_()  # what b was given is not there any more
+                return result
 
         memory = GradientProjectionMemory(model := Parting())
         one, other = torch.randn(n, D), torch.randn(n, D)
@@ -833,7 +865,9 @@ class TestPasses:
             batches = [(one, other), (other, None)]
         seen = {"a": [], "b": []}
         hooks = [
-            getattr(model, name).register_forward_hook(lambda _, args, __, name=name: seen[name].append(args[0]))
+            getattr(model, name).register_forward_hook(
+                lambda _, args, __, name=name: seen[name].append(args[0].clone())
+            )
             for name in seen
         ]
         gathered = memory.gather(lambda batch: model(batch), batches)

@@ -47,6 +47,16 @@ def test_enough_and_nearly_the_fewest(decay, epsilon, k):
     assert directions.shape[1] <= 1.06 * fewest(gram, basis, missing) + 2
 
 
+def test_the_share_is_held_exactly_where_single_precision_says_almost():
+    R = matrix(120, 200, 1.0)
+    gram = R @ R.T
+    values = torch.linalg.eigvalsh(gram).flip(0)
+    for r in range(1, 60, 3):
+        missing = float(values[:r].sum() * (1 - 1e-10))
+        directions = leading_directions(gram, gram[:, :0], missing)
+        assert ((gram @ directions) * directions).sum() >= missing
+
+
 def test_a_matrix_of_low_rank_is_spanned():
     R = matrix(150, 6, 0.5)
     gram = R @ R.T
