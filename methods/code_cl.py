@@ -48,7 +48,11 @@ class CODECL(SidePathGPM):
         "code_directions": flag(80, "directions that a task scales a layer in, at most", above=0),
         "region_images": flag(125, "training images of a new task that C' is made from", above=0),
     }
-    defaults = {"five_datasets": {"code_alpha": 4.0, "code_mu": 0.01}, "miniimagenet": {"code_alpha": 8.0}}
+    defaults = {
+        "pmnist": {"code_alpha": 0.1},
+        "five_datasets": {"code_alpha": 4.0, "code_mu": 0.01},
+        "miniimagenet": {"code_alpha": 8.0},
+    }
     state = ("memory", "strengths", "directions", "shifts")
 
     def __init__(self, model: nn.Module, options: Options) -> None:

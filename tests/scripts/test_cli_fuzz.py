@@ -165,6 +165,7 @@ def small_runs(draw):
 
 
 CHOICES = {
+    "fs_order": [1, 2],
     "keep": ["last", "each", "all"],
     "protocol": ["paper", "released"],
     "schedule": ["plateau", "constant"],

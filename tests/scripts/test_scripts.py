@@ -17,7 +17,7 @@ import torch
 from dataloader.embedded import render as embedded
 from engine import hardware
 from engine.cli import parse, script
-from engine.options import Options, default_of, overridden, variant, with_flags
+from engine.options import Options, default_of, defaults, is_read, overridden, variant, with_flags
 from methods import METHODS
 from tests import ROOT
 
@@ -163,8 +163,8 @@ def test_help_shows_every_flag_with_its_meaning_and_default(name, monkeypatch, c
         main(name, "--help")
     assert stopped.value.code == 0
     entries = re.split(r"\n  (?=--)", capsys.readouterr().out)  # one a flag
-    script = list(dataclasses.fields(importlib.import_module(name).Hyperparameters))
-    by_protocol = importlib.import_module(name).Hyperparameters.by_protocol
+    options = importlib.import_module(name).Hyperparameters
+    script = list(dataclasses.fields(options))
     of_methods = [field for method in METHODS.values() for field in dataclasses.fields(with_flags(Options, method))]
     for field in {field.name: field for field in [*of_methods, *script]}.values():
         (entry,) = [entry for entry in entries if re.match(rf"--{field.name}\s", entry)]
@@ -173,9 +173,13 @@ def test_help_shows_every_flag_with_its_meaning_and_default(name, monkeypatch, c
             continue
         default = default_of(field)
         if default not in (None, False, {}):
-            own = "; ogd 0.001; hat 0.05" if field.name == "lr" else ""  # of the methods
-            own += "".join(f"; {key} {usual[field.name]}" for key, usual in by_protocol.items() if field.name in usual)
-            assert f"(default: {shown(default)}{own})" in entry
+            usual = {m.name: defaults(options, m)[field.name] for m in METHODS.values() if is_read(field, m)}
+            own = [
+                f"; {key} {shown(value)}" for key, value in usual.items() if value != default and field.name != "method"
+            ]
+            own += [f"; {key} {own[field.name]}" for key, own in options.by_protocol.items() if field.name in own]
+            assert f"(default: {shown(default)}{''.join(own)})" in entry
+            assert "ogd 0.001; hat 0.05" in entry or field.name != "lr"
 
 
 @pytest.fixture
@@ -235,7 +239,10 @@ BAD = {
     "samples of no layer": ("--samples fc77=3", "samples names 'fc77', which is no layer"),
     "samples without count": ("--samples fc1", "fc1"),
     "another method's flag": ("--ewc_lambda 3", "--ewc_lambda is a flag of ewc; this run's is gpm"),
-    "a flag that the method does not read": ("--threshold 0.9 --method naive", "is a flag of gpm; this run's is naive"),
+    "a flag that the method does not read": (
+        "--threshold 0.9 --method naive",
+        "--threshold is a flag of gpm, dual_gpm, sgp,",
+    ),
     "an abbreviation": ("--n_ep 3", "--n_ep"),
     "samples of all images": ("--n_samples all --samples fc1=3", "n_samples is all, which leaves samples nothing"),
     "lr that ends a task at once": (
