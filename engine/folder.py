@@ -141,7 +141,7 @@ def _upgraded(state: Any) -> Any:
     """A state of an older version, in which method gpm's own was that of its bases, as this one would have saved it."""
 
     def method(saved: dict[str, Any]) -> dict[str, Any]:
-        return {"memory": saved} if saved.keys() == {"bases", "n_updates"} else saved
+        return {"memory": saved} if {"bases", "n_updates"} <= saved.keys() else saved
 
     if not isinstance(state, dict) or "method" not in state:
         return state

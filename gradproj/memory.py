@@ -18,7 +18,14 @@ from gradproj.inspection import Check, inspect, table
 from gradproj.layers import Layer, Selection, find_layers, kept_modules
 from gradproj.layers.find import kind_of, unknown_weight
 from gradproj.normalization import frozen, normalization_parameters
-from gradproj.optimizers import leaves_gradients, projected_updates, unprojected, unwrapped, watched_steps
+from gradproj.optimizers import (
+    gradients,
+    leaves_gradients,
+    projected_updates,
+    unprojected,
+    unwrapped,
+    watched_steps,
+)
 from gradproj.projection import LayerProjector, full_float32, layer_projector
 from gradproj.protection import Protection, projecting, watching
 from gradproj.representation import Gatherer, Mask, Representation, SeenRows, finished
@@ -403,7 +410,7 @@ class GradientProjectionMemory:
             protection = stack.enter_context(projecting(projectors, self._hosts))
             stack.enter_context(watching(self.model, protection, self._say_leaks))
             for inner in (given := [] if optimizer is None else unwrapped(optimizer)):
-                if leaves_gradients(inner, self._protected_parameters()):
+                if leaves_gradients(inner, projectors.values()):
                     stack.enter_context(projected_updates(inner, projectors))
             stack.enter_context(self._watching_optimizers(given, projectors if projector is None else {}))
             self._protection = protection
@@ -437,7 +444,8 @@ class GradientProjectionMemory:
             self._steps += 1
 
         def look(optimizer: torch.optim.Optimizer) -> None:
-            if id(optimizer) not in known | self._projected and (reason := leaves_gradients(optimizer, busy)):
+            covered = id(optimizer) in known | self._projected
+            if not covered and (reason := leaves_gradients(optimizer, projectors.values())):
                 self._warn(
                     f"{type(optimizer).__name__} trains protected layers, and {reason}: projected gradients alone do "
                     "not hold old tasks then; give it to protect(optimizer)"
@@ -523,9 +531,9 @@ class GradientProjectionMemory:
         if self._protection is None:
             return
         for project in self._protection.projectors.values():
-            if project.is_idle or (gradients := project.gradients) is None:
+            if project.is_idle or (raw := gradients(project)) is None:
                 continue
-            for parameter, gradient in zip(project.layer.parameters, project(*gradients), strict=True):
+            for parameter, gradient in zip(project.layer.parameters, project(*raw), strict=True):
                 if parameter is not None:
                     parameter.grad = gradient
 

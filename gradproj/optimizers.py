@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,23 +36,51 @@ def _innermost(optimizer: Any) -> torch.optim.Optimizer:
     return found
 
 
-def leaves_gradients(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> str | None:
-    """Why an optimiser's steps are no combination of this task's gradients; None if they are.
+def leaves_gradients(optimizer: torch.optim.Optimizer, projectors: Iterable[LayerProjector]) -> str | None:
+    """Why an optimiser's steps are no combination of projected gradients; None if they are.
 
     Args:
-        optimizer: before its first step within the task.
-        parameters: those that matter.
+        optimizer: before its first step.
+        projectors: of the layers that matter.
     """
     if type(optimizer) is not torch.optim.SGD:
         return f"{type(optimizer).__name__} rescales or adds to gradients"
-    wanted = {id(p) for p in parameters}
-    for group in optimizer.param_groups:
-        if any(id(p) in wanted for p in group["params"]):
-            if group["weight_decay"]:
-                return "weight decay adds the weights to gradients"
-            if any(optimizer.state.get(p, {}).get("momentum_buffer") is not None for p in group["params"]):
-                return "momentum was kept from before"
+    busy = [project for project in projectors if not project.is_idle]
+    wanted = {id(p) for project in busy for p in project.layer.parameters if p is not None}
+    if any(group["weight_decay"] and any(id(p) in wanted for p in group["params"]) for group in optimizer.param_groups):
+        return "weight decay adds the weights to gradients"
+    for project in busy:  # momentum of a task that goes on has been projected
+        parameters = project.layer.parameters
+        kept = [None if p is None else optimizer.state.get(p, {}).get("momentum_buffer") for p in parameters]
+        if came_past(project, with_zeros(parameters, kept)):
+            return "momentum was kept from before"
     return None
+
+
+def with_zeros(parameters: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+    """Tensors for a layer's parameters with zeros where one has none; None where none has one."""
+    if all(g is None for g in given):
+        return None
+    return [
+        None if p is None else torch.zeros_like(p) if g is None else g for p, g in zip(parameters, given, strict=True)
+    ]
+
+
+@torch.no_grad()
+def came_past(project: LayerProjector, given: Sequence[Tensor | None] | None) -> bool:
+    """Whether a projector would remove more of some tensors than what rounding leaves in projected ones.
+
+    That is small against what a gradient was before its projection, not against what it is afterwards; and what is less
+    than the rounding of the weights does not move them.
+    """
+    if given is None:
+        return False
+    present = [g for g in given if g is not None]
+    removed = size([g - p for g, p in zip(present, (p for p in project(*given) if p is not None), strict=True)])
+    before = 0.0 if project.first_size is None else float(project.first_size)
+    eps = torch.finfo(project.layer.dtype).eps
+    weights = size([p for p in project.layer.parameters if p is not None])
+    return removed > max(max(1e-3, 10 * eps) * max(before, size(present)), eps * weights)
 
 
 @contextmanager
@@ -98,23 +126,16 @@ def size(tensors: Iterable[Tensor]) -> float:
     return float(torch.stack([t.double().norm() for t in tensors]).norm())
 
 
-@torch.no_grad()
 def unprojected(projectors: Iterable[LayerProjector]) -> list[str]:
-    """The names of layers whose gradients have a part that projectors would remove: they came past them.
+    """The names of layers whose gradients came past their projectors."""
+    busy = [project for project in projectors if not project.is_idle]
+    return [project.layer.name for project in busy if came_past(project, gradients(project))]
 
-    What rounding leaves of a projected gradient is small against what it was before, not against what it is now.
-    """
-    names = []
-    for project in projectors:
-        if project.is_idle or (gradients := project.gradients) is None:
-            continue
-        present = [g for g in gradients if g is not None]
-        projected = [g for g in project(*gradients) if g is not None]
-        removed = size([g - p for g, p in zip(present, projected, strict=True)])
-        before = 0.0 if project.first_size is None else float(project.first_size)
-        if removed > max(1e-3, 10 * torch.finfo(project.layer.dtype).eps) * max(before, size(present)):
-            names.append(project.layer.name)
-    return names
+
+def gradients(project: LayerProjector) -> list[Tensor | None] | None:
+    """What a layer's parameters hold of a gradient, zeros where only one has any; None where neither has."""
+    parameters = project.layer.parameters
+    return with_zeros(parameters, [None if p is None else p.grad for p in parameters])
 
 
 @contextmanager

@@ -175,14 +175,6 @@ class LayerProjector:
             weight, bias = self.layer.from_rows(self.project_rows(rows))
         return None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
 
-    @property
-    def gradients(self) -> list[Tensor | None] | None:
-        """What the layer's parameters hold of a gradient, zeros where only one has any; None where neither has."""
-        parameters = self.layer.parameters
-        if all(p is None or p.grad is None for p in parameters):
-            return None
-        return [None if p is None else torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-
     def project_rows(self, rows: Tensor) -> Tensor:
         """Rows (o, d), group after group, each group's projected."""
         groups = rows.chunk(len(self.groups)) if len(self.groups) > 1 else (rows,)
