@@ -38,11 +38,10 @@ def leading_directions(gram: Tensor, basis: Tensor, missing: float) -> Tensor:
             enough = basis.shape[1] + round(OVERSIZE * images.shape[1])
         block = image
     space = space[:, basis.shape[1] :]
-    values, vectors = torch.linalg.eigh((space.T @ images).double())
-    order = values.flip(0).cumsum(0)
-    r = int((order < missing).sum()) + 1
+    values, vectors = torch.linalg.eigh(space.T @ images)
+    r = int((values.double().flip(0).cumsum(0) < missing).sum()) + 1
     while True:
-        directions = refined(basis, space.double() @ vectors.flip(1)[:, :r])
+        directions = refined(basis, (space @ vectors.flip(1)[:, :r]).double())
         found = ((gram @ directions) * directions).sum().item()
         if found >= missing or r >= space.shape[1]:
             return directions
@@ -57,7 +56,12 @@ def outside(space: Tensor, block: Tensor) -> Tensor:
 
 
 def refined(basis: Tensor, directions: Tensor) -> Tensor:
-    """Directions in float64, orthonormal and orthogonal to a basis to its rounding."""
+    """Directions in float64 that are orthonormal, and orthogonal to a basis, in single precision: to double's rounding.
+
+    Since DᵀD is nearly the identity, D L⁻ᵀ with its Cholesky factor L does, at a third of a QR decomposition's cost.
+    """
     for _ in range(2):
-        directions = torch.linalg.qr(directions - basis @ (basis.T @ directions)).Q
+        directions = directions - basis @ (basis.T @ directions)
+        factor = torch.linalg.cholesky(directions.T @ directions)
+        directions = torch.linalg.solve_triangular(factor.T, directions, upper=True, left=False)
     return directions

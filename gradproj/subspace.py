@@ -129,7 +129,8 @@ def _by_large_columns(basis: Tensor, representation: Tensor, threshold: float, _
     if missing <= 0:
         return basis[:, :0]
     vectors = leading_directions(gram, gram.new_empty(len(gram), 0), missing)
-    return refined(basis, (residual @ vectors.float()).double())
+    directions = (residual @ vectors.float()).double()
+    return refined(basis, directions / directions.norm(dim=0))
 
 
 def count_directions(energies: Tensor, captured: Tensor | float, threshold: float, rank_rule: RankRule) -> int:
