@@ -193,7 +193,9 @@ def test_images_become_arrays_once_and_stay(folder, monkeypatch, capsys):
     assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
     assert not capsys.readouterr().err
     (folder / "train_labels.npy").write_text("?")
-    with pytest.raises(DataError, match=r"train_labels\.npy cannot be read .*; replace it .* delete this file to have it made"):
+    with pytest.raises(
+        DataError, match=r"train_labels\.npy cannot be read .*; replace it .* delete this file to have it made"
+    ):
         raw.load_raw("miniimagenet", folder.parent)
     (folder / "train_labels.npy").unlink()
     assert raw.load_raw("miniimagenet", folder.parent).train_labels.tolist() == first.train_labels.tolist()

@@ -16,6 +16,15 @@ from tests.tiny_nets import SingleHead
 pytestmark = pytest.mark.usefixtures("quick")
 
 
+@pytest.fixture(autouse=True)
+def _quick_collections():
+    """What other tests have left in memory is not looked at whenever garbage is collected here."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 class Counted(LazyTasks):
     """Tasks that know how many of their parts are alive, and which were built."""
 
