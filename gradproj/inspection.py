@@ -80,7 +80,7 @@ class Check:
         leaks: weights of protected layers that are also used otherwise, a phrase each.
         unprotected: parameters that are trained without protection.
         columns: by key, how many columns the batch gives.
-        gigabytes: that matrices of inputs and bases take, at most.
+        gigabytes: that matrices of inputs, bases and the copy that `verify` compares with take, about.
         seconds: that an update with this batch takes, about.
     """
 
@@ -129,9 +129,14 @@ def inspect(memory: Memory, forward: Forward, batch: Any, thresholds: Mapping[st
     rate = products_per_second()
     matrices = {id(part): part for part in seen.values() if isinstance(part, Representation)}.values()
     work = sum(2 * p.d * p.n * min(p.d, p.n) + 10 * min(p.d, p.n) ** 3 for p in matrices)
-    entries = sum(p.d * min(p.d, p.n) for p in matrices) + 3 * max((min(p.d, p.n) ** 2 for p in matrices), default=0)
+    # What is gathered, as much again for the bases at most, and the workspace of the largest decomposition.
+    entries = sum(2 * p.d * min(p.d, p.n) for p in matrices) + 3 * max(
+        (min(p.d, p.n) ** 2 for p in matrices), default=0
+    )
+    kept = [p for p in memory.model.parameters() if p.requires_grad] + list(memory.model.buffers())
+    size = 8 * entries + sum(tensor.numel() * tensor.element_size() for tensor in kept)  # `verify` compares with these
     return Check(
-        silent, full, list(leaks), memory.unprotected, gatherer.columns, 8 * entries / 2**30, work / rate, table(memory)
+        silent, full, list(leaks), memory.unprotected, gatherer.columns, size / 2**30, work / rate, table(memory)
     )
 
 
