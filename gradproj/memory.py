@@ -86,6 +86,7 @@ class GradientProjectionMemory:
         self._hosts: dict[str, list[nn.Module]] = {}  # by layer name, in whose forward its weight is applied
         self._modules = {name: layer.module for name, layer in self.layers.items()}
         self._reference: dict[str, Tensor] = {}  # what could move, as it was when it was last remembered
+        self._frozen: set[str] = set()  # what could not
         self._steps = 0  # of optimisers since then
         self._protection: Protection | None = None  # while `protect` is open
         self._open: ExitStack | None = None  # what `start` opened
@@ -343,7 +344,7 @@ class GradientProjectionMemory:
         self.bases = {key: bases[key] for key in self.bases}
         self.n_updates += 1
         self._steps = 0
-        self._reference = self._what_could_move()
+        self._reference, self._frozen = self._what_could_move(), self._frozen_names()
         if new := [key or "the model" for key in self.full_layers if key not in before]:
             whole = len(self.full_layers) == len(self.bases)
             which = "every layer is" if whole else f"{', '.join(new)} {'are' if len(new) > 1 else 'is'}"
@@ -358,6 +359,9 @@ class GradientProjectionMemory:
         mine = {id(p) for p in self._protected_parameters()}
         moving = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad or id(p) in mine]
         return {name: value.detach().to("cpu", copy=True) for name, value in (*moving, *self.model.named_buffers())}
+
+    def _frozen_names(self) -> set[str]:
+        return {name for name, p in self.model.named_parameters() if not p.requires_grad}
 
     def _thresholds(self, given: float | Mapping[str, float]) -> dict[str, float]:
         """ε of each layer, from one for all or one by name."""
@@ -401,12 +405,12 @@ class GradientProjectionMemory:
         make = projector or (lambda layer: layer_projector(layer, self.bases))
         projectors = {name: make(layer) for name, layer in self.layers.items()}
         with ExitStack() as stack:
+            if self.n_updates and not self._reference:  # the memory was loaded
+                self._reference, self._frozen = self._what_could_move(), self._frozen_names()
             if self.n_updates:
                 frozen_ones = [*self._normalization(), *(self._open_parameters() if freeze_unprotected else ())]
                 stack.enter_context(frozen(frozen_ones))
                 self._warn_of_rounding()
-            if self.n_updates and not self._reference:  # the memory was loaded
-                self._reference = self._what_could_move()
             protection = stack.enter_context(projecting(projectors, self._hosts))
             stack.enter_context(watching(self.model, protection, self._say_leaks))
             for inner in (given := [] if optimizer is None else unwrapped(optimizer)):
@@ -570,7 +574,7 @@ class GradientProjectionMemory:
         """
         if not self._reference:
             raise InputError("there is nothing to compare with: update() or protect() comes first")
-        return verification(self, self._reference, self._steps, forward, batch, mask)
+        return verification(self, self._reference, self._frozen, self._steps, forward, batch, mask)
 
     @torch.no_grad()
     def leak(self, before: Mapping[str, Tensor]) -> dict[str, float | None]:

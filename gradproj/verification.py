@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +77,7 @@ class Verification:
 def verification(
     memory: Memory,
     reference: Mapping[str, Tensor],
+    frozen: Container[str],
     steps: int,
     forward: Forward,
     batch: Any,
@@ -87,6 +88,7 @@ def verification(
     Args:
         memory: of the model.
         reference: its trained parameters and its buffers as they were then.
+        frozen: the names of parameters that were not trained.
         steps: that optimisers have taken since.
         forward, batch, mask: as in `verify`.
     """
@@ -135,9 +137,8 @@ def verification(
     explained = ROUNDINGS * max(by_weights, *roundings, 0.0)
     others = [n for n, v in now.items() if n not in covered and not torch.equal(v, reference[n].to(v))]
     others = [n for n in others if not n.endswith("num_batches_tracked")]
-    others += [
-        n for n, p in model.named_parameters() if p.requires_grad and n not in reference
-    ]  # grown, or frozen then
+    others += grown
+    others += [n for n, p in model.named_parameters() if p.requires_grad and n in frozen]
     return Verification(moved, explained, found, others)
 
 

@@ -7,6 +7,7 @@ padding, casting or rescaling. What counts is the call: F.linear(x, W, b) means 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -97,6 +98,10 @@ class Uses(TorchFunctionMode):
             self.running.pop()
 
     def __enter__(self):
+        self._filters = warnings.catch_warnings()
+        self._filters.__enter__()
+        # Compiled models warn that hooks on all modules see their wrapper too, which is no harm here.
+        warnings.filterwarnings("ignore", "Using `torch.compile.* global hooks", UserWarning)
         self._hooks = (
             register_module_forward_pre_hook(lambda module, _: self.running.append(module)),
             register_module_forward_hook(lambda *_: self._left(), always_call=True),
@@ -106,6 +111,7 @@ class Uses(TorchFunctionMode):
     def __exit__(self, *error):
         for hook in self._hooks:
             hook.remove()
+        self._filters.__exit__(*error)
         return super().__exit__(*error)
 
 

@@ -350,6 +350,17 @@ class TestLeaks:
         assert verified.holds
         assert verified.layers["0"].moved == 0
 
+    def test_a_head_added_since_does_not_touch_old_outputs(self):
+        model = nn.ModuleDict({"body": nn.Linear(D, 4), "heads": nn.ModuleList([nn.Linear(4, 2)])})
+        memory = GradientProjectionMemory(model, exclude="heads")
+        memory.update(lambda x: model["heads"][0](model["body"](x)), [OLD], threshold=1.0)
+        model["heads"].append(nn.Linear(4, 2))
+        optimizer = torch.optim.SGD([*model["body"].parameters(), *model["heads"][1].parameters()], lr=0.1)
+        with memory.protect(optimizer):
+            model["heads"][1](model["body"](NEW)).square().mean().backward()
+            optimizer.step()
+        assert memory.verify(lambda x: model["heads"][0](model["body"](x)), OLD).holds
+
     def test_another_number_of_inputs_since(self):
         memory = remembering(model := mlp())
         model[4].weight = nn.Parameter(torch.randn(4, 9))
@@ -472,7 +483,6 @@ def remembering(model: nn.Module) -> GradientProjectionMemory:
 
 class TestWaysToTrain:
     @pytest.mark.parametrize("whole", [False, True])
-    @pytest.mark.filterwarnings("ignore:Using `torch.compile")
     def test_compiled(self, whole):
         """aot_eager: the compiler's front without machine code."""
         model = mlp()
