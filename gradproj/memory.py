@@ -440,8 +440,7 @@ class GradientProjectionMemory:
             given: those whose updates are projected where needed.
             projectors: which gradients must have gone through.
         """
-        busy = [] if not any(self.columns.values()) else self._protected_parameters()
-        parameters = {id(p): p for p in busy}
+        parameters = {id(p) for p in self._protected_parameters()} if any(self.columns.values()) else set()
         known = {id(optimizer) for optimizer in given}
 
         def count(_: torch.optim.Optimizer) -> None:

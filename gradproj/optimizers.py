@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gradproj.errors import InputError
-from gradproj.projection import LayerProjector
+from gradproj.projection import LayerProjector, size
 
 
 def unwrapped(optimizers: Any) -> list[torch.optim.Optimizer]:
@@ -121,11 +121,6 @@ def projected_updates(optimizer: torch.optim.Optimizer, projectors: Mapping[str,
         yield
 
 
-def size(tensors: Iterable[Tensor]) -> float:
-    """The length of some tensors together."""
-    return float(torch.stack([t.double().norm() for t in tensors]).norm())
-
-
 def unprojected(projectors: Iterable[LayerProjector]) -> list[str]:
     """The names of layers whose gradients came past their projectors."""
     busy = [project for project in projectors if not project.is_idle]
@@ -140,14 +135,14 @@ def gradients(project: LayerProjector) -> list[Tensor | None] | None:
 
 @contextmanager
 def watched_steps(
-    parameters: Mapping[int, nn.Parameter],
+    parameters: Container[int],
     first: Callable[[torch.optim.Optimizer], None],
     each: Callable[[torch.optim.Optimizer], None],
 ) -> Iterator[None]:
     """Within this context the steps of every optimiser of some parameters are seen, before they are taken.
 
     Args:
-        parameters: by id.
+        parameters: their ids.
         first: called with an optimiser before its first step.
         each: before each.
     """

@@ -9,7 +9,7 @@ Letters: G (o, d) a layer's weight gradient, M (d, k) its basis, N (d, d - k) of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -132,6 +132,11 @@ def orthogonal_projector(basis: Tensor, dtype: torch.dtype, route: Route | None 
     elif route == "keep":
         factor = orthogonal_complement(basis)
     return Projector(route, factor.to(dtype))
+
+
+def size(tensors: Iterable[Tensor]) -> float:
+    """The length of some tensors together; 0 where there are none."""
+    return sum(tensor.double().square().sum().item() for tensor in tensors) ** 0.5
 
 
 class LayerProjector:

@@ -15,6 +15,7 @@ from gradproj.errors import InputError
 from gradproj.inspection import Memory, aligned
 from gradproj.layers import Layer
 from gradproj.layers.uses import Uses, plain_paths
+from gradproj.projection import size
 from gradproj.representation import Mask
 
 ROUNDINGS = 16  # a movement of so many roundings is still explained by them
@@ -131,9 +132,9 @@ def verification(
                 before = list(outputs(run(batch), which))
             with put(model, shaken):
                 rounded = list(outputs(run(batch), which))
-    length = norm(before) or 1.0
-    moved = norm([a - b for a, b in zip(after, before, strict=True)]) / length
-    by_weights = norm([a - b for a, b in zip(rounded, before, strict=True)]) / length
+    length = size(before) or 1.0
+    moved = size([a - b for a, b in zip(after, before, strict=True)]) / length
+    by_weights = size([a - b for a, b in zip(rounded, before, strict=True)]) / length
     explained = ROUNDINGS * max(by_weights, *roundings, 0.0)
     others = [n for n, v in now.items() if n not in covered and not torch.equal(v, reference[n].to(v))]
     others = [n for n in others if not n.endswith("num_batches_tracked")]
@@ -247,8 +248,3 @@ def outputs(result: Any, mask: Tensor | None) -> Iterator[Tensor]:
     elif isinstance(result, (list, tuple)):
         for part in result:
             yield from outputs(part, mask)
-
-
-def norm(tensors: Sequence[Tensor]) -> float:
-    """The length of some tensors together."""
-    return sum(t.square().sum().item() for t in tensors) ** 0.5 or 0.0
