@@ -6,16 +6,15 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradproj.layers.base import Call, Layer
+from gradproj.layers.base import Call, RowsLayer
 
 ATTENTION = tuple(inspect.signature(F.multi_head_attention_forward).parameters)  # names of its arguments
 
 
-class AttentionLayer(Layer):
+class AttentionLayer(RowsLayer):
     """[q, k, v] = W_in x + b: one subspace for all three, which sees queries, keys and values as far as they differ."""
 
     kind = "attention"
@@ -30,18 +29,3 @@ class AttentionLayer(Layer):
     def inputs(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Sequence[Tensor]:
         seen = [arguments[name] for name in ("query", "key", "value")]
         return [x for i, x in enumerate(seen) if not any(x is earlier for earlier in seen[:i])]
-
-    def outputs(
-        self, function: Callable[..., Any], arguments: Mapping[str, Any], weight: Tensor | None, bias: Tensor | None
-    ) -> list[Tensor]:
-        weight = torch.zeros_like(self.all_parameters[0]) if weight is None else weight
-        return [F.linear(inputs, weight, bias) for inputs in self.inputs(function, arguments)]
-
-    def weight_columns(self, inputs: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
-        return [inputs.reshape(-1, inputs.shape[-1]).T]
-
-    def positions(self, inputs: Tensor) -> int:
-        return inputs[:1, ..., 0].numel()
-
-    def apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(inputs, weight, bias)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Entries of one block of columns: blocks bound the memory that unfolding takes, 128 MiB in float64.
 BLOCK_ENTRIES = 2**24
@@ -145,8 +146,6 @@ class Layer:
         call = self.functions[function]
         first = self.all_parameters[0]
         given = {call.weight: torch.zeros_like(first) if weight is None else weight, call.bias: bias}
-        if function is torch.addmm and bias is None:  # it has no form without
-            given[call.bias] = first.new_zeros(())
         changed = {**arguments, **given}
         return [function(*(changed[name] for name in call.arguments if name in changed))]
 
@@ -217,3 +216,22 @@ class Layer:
     def apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's own forward with other parameters."""
         raise NotImplementedError
+
+
+class RowsLayer(Layer):
+    """A layer that takes every position of its input as a column."""
+
+    def weight_columns(self, inputs: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
+        return [inputs.reshape(-1, inputs.shape[-1]).T]
+
+    def positions(self, inputs: Tensor) -> int:
+        return inputs[:1, ..., 0].numel()
+
+    def outputs(
+        self, function: Callable[..., Any], arguments: Mapping[str, Any], weight: Tensor | None, bias: Tensor | None
+    ) -> list[Tensor]:
+        weight = torch.zeros_like(self.all_parameters[0]) if weight is None else weight
+        return [self.apply(inputs, weight, bias) for inputs in self.inputs(function, arguments)]
+
+    def apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(inputs, weight, bias)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradproj.layers.attention import ATTENTION
-from gradproj.layers.base import Call, Layer
+from gradproj.layers.base import Call, RowsLayer
 
 
-class LinearLayer(Layer):
+class LinearLayer(RowsLayer):
     """y = W x + b on rows x (..., d)."""
 
     kind = "Linear"
@@ -30,23 +30,6 @@ class LinearLayer(Layer):
         weight = arguments["out_proj_weight"]
         changed = {"out_proj_weight": torch.eye(len(weight), weight.shape[1]).to(weight), "out_proj_bias": None}
         return [function(**{**arguments, **changed})[0]]
-
-    def outputs(
-        self, function: Callable[..., Any], arguments: Mapping[str, Any], weight: Tensor | None, bias: Tensor | None
-    ) -> list[Tensor]:
-        if function is not F.multi_head_attention_forward:
-            return super().outputs(function, arguments, weight, bias)
-        weight = torch.zeros_like(self.all_parameters[0]) if weight is None else weight
-        return [F.linear(inputs, weight, bias) for inputs in self.inputs(function, arguments)]
-
-    def weight_columns(self, inputs: Tensor, arguments: Mapping[str, Any]) -> list[Tensor]:
-        return [inputs.reshape(-1, inputs.shape[-1]).T]
-
-    def positions(self, inputs: Tensor) -> int:
-        return inputs[:1, ..., 0].numel()
-
-    def apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(inputs, weight, bias)
 
 
 class TransposedLinearLayer(LinearLayer):
