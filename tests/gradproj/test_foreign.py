@@ -17,7 +17,7 @@ from gradproj import GradientProjectionMemory
 from gradproj.errors import FullLayerWarning, InputError
 
 D = 6
-OLD, NEW = torch.randn(3, D, generator=torch.Generator().manual_seed(1)), torch.randn(5, D)
+OLD, NEW = (torch.randn(n, D, generator=torch.Generator().manual_seed(n)) for n in (3, 5))
 
 
 def mlp() -> nn.Sequential:
@@ -454,7 +454,7 @@ class TestOptimizers:
     def test_with_a_closure(self):
         model = mlp()
         memory = remembering(model)
-        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.05, max_iter=4)
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4, line_search_fn="strong_wolfe")
 
         def closure() -> float:
             optimizer.zero_grad()
