@@ -62,36 +62,76 @@ def side_paths(layers: Mapping[str, Layer], paths: Mapping[str, Sequence[SidePat
         layers: by name.
         paths: by key; a layer without any stays as it is.
     """
-    with ExitStack() as hooks:
+    with ExitStack() as stack:
         for layer in layers.values():
             groups = [paths.get(key, ()) for key in layer.keys]
-            if any(groups):
-                hook = partial(add_side_paths, layer, groups)
-                hooks.enter_context(layer.module.register_forward_hook(hook, with_kwargs=True))
+            if not any(groups):
+                continue
+            if isinstance(layer, LinearLayer):
+                hook = partial(add_outputs, layer, groups[0])
+                stack.enter_context(layer.module.register_forward_hook(hook, with_kwargs=True))
+            else:
+                stack.enter_context(forward_on_changed_weights(layer, groups))
         yield
 
 
-def add_side_paths(
+def add_outputs(
     layer: Layer,
-    groups: Sequence[Sequence[SidePath]],
+    paths: Sequence[SidePath],
     _module: nn.Module,
     args: tuple[Tensor, ...],
     kwargs: dict[str, Any],
     output: Tensor,
 ) -> Tensor:
-    """The output of a layer, and of the side paths of each of its groups."""
+    """The output of a Linear and of its side paths: with few inputs their thin products are cheaper than new weights."""
     inputs = args[0] if args else kwargs["input"]
     with torch._C.DisableTorchFunction():  # a protected weight is meant to be used here too: no reason to warn
-        parts = layer.rows(*layer.parameters).chunk(layer.groups)  # [W, b] of each group
-        if isinstance(layer, LinearLayer):  # few columns: products of a few columns are cheaper than new weights
-            columns = layer.columns(inputs)[0].T.to(parts[0].dtype)  # (n, d)
-            change = sum(path.outputs(columns, parts[0]) for path in groups[0])  # (n, o)
-            return output + change.view_as(output).to(output.dtype)
-        changes = [
+        rows = layer.rows(*layer.parameters)  # [W, b]
+        columns = layer.columns(inputs)[0].T.to(rows.dtype)  # (n, d)
+        change = sum(path.outputs(columns, rows) for path in paths)  # (n, o)
+        return output + change.view_as(output).to(output.dtype)
+
+
+@contextmanager
+def forward_on_changed_weights(layer: Layer, groups: Sequence[Sequence[SidePath]]) -> Iterator[None]:
+    """Within this context a layer's forward runs on W̃, so that its inputs, of many positions, are gone through once.
+
+    A protection entered in it finds W in its place, and projects what W̃ hands on to it; side paths use W itself.
+    """
+    module, parameters = layer.module, layer.parameters
+    replaced, forward = vars(module).get("forward"), module.forward
+
+    def terms() -> tuple[Tensor | None, Tensor | None]:
+        parts = layer.rows(*parameters).chunk(layer.groups)
+        rows = [
             sum((path.weights(part) for path in paths), torch.zeros_like(part))
             for part, paths in zip(parts, groups, strict=True)
         ]
-        return output + layer.apply(inputs, *layer.from_rows(torch.cat(changes)))
+        return layer.from_rows(torch.cat(rows))
+
+    def changed_forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # a memory that gathers the layer's inputs looks where W itself is applied
+            output = forward(*args, **kwargs)
+            with torch._C.DisableTorchFunction():
+                return output + layer.apply(*args, *kwargs.values(), *terms())
+        before = {(owner, name): owner._parameters.get(name) for owner, name in layer.owners}
+        with torch._C.DisableTorchFunction():  # as above
+            for ((owner, name), current), term in zip(before.items(), terms(), strict=True):
+                owner._parameters[name] = current if term is None else current + term
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for (owner, name), current in before.items():
+                owner._parameters[name] = current
+
+    module.forward = changed_forward
+    try:
+        yield
+    finally:
+        if replaced is None:
+            del module.forward
+        else:
+            module.forward = replaced
 
 
 class SidePathGPM(GPM):
@@ -113,7 +153,7 @@ class SidePathGPM(GPM):
 
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
-        with super().learning(t, task), self.testing(t):
+        with self.testing(t), super().learning(t, task):
             yield
 
     @contextmanager
