@@ -83,7 +83,7 @@ def add_outputs(
     kwargs: dict[str, Any],
     output: Tensor,
 ) -> Tensor:
-    """The output of a Linear and of its side paths: with few inputs their thin products are cheaper than new weights."""
+    """The output of a Linear and of its side paths: thin products of few inputs are cheaper than new weights."""
     inputs = args[0] if args else kwargs["input"]
     with torch._C.DisableTorchFunction():  # a protected weight is meant to be used here too: no reason to warn
         rows = layer.rows(*layer.parameters)  # [W, b]
