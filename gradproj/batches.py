@@ -128,3 +128,21 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def filled(groups: Iterable[tuple[list[str], int]], room: int) -> list[list[str]]:
+    """The layers of each pass, in their order.
+
+    Args:
+        groups: layers that share a matrix, and the bytes it needs.
+        room: bytes for each pass; a group that needs more has a pass to itself.
+    """
+    passes: list[list[str]] = [[]]
+    left = room
+    for members, need in groups:
+        if passes[-1] and need > left:
+            passes.append([])
+            left = room
+        passes[-1] += members
+        left -= need
+    return passes

@@ -10,13 +10,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from gradproj.batches import Forward, as_batches, in_eval_mode, masks, runner
+from gradproj.batches import Forward, as_batches, filled, in_eval_mode, masks, runner
+from gradproj.concerns import what_can_forget, what_rounds
 from gradproj.distributed import all_or_none, check_same_model, merge, refuse_sharded
 from gradproj.errors import DivergenceError, FullLayerWarning, InputError, warn_caller
 from gradproj.files import load_tensors, save_tensors
 from gradproj.inspection import Check, inspect, table
-from gradproj.layers import Layer, Selection, find_layers, kept_modules
-from gradproj.layers.find import kind_of, unknown_weight
+from gradproj.layers import Layer, Selection, find_layers
 from gradproj.normalization import frozen, normalization_parameters
 from gradproj.optimizers import (
     gradients,
@@ -26,11 +26,11 @@ from gradproj.optimizers import (
     unwrapped,
     watched_steps,
 )
-from gradproj.projection import LayerProjector, full_float32, layer_projector
+from gradproj.projection import LayerProjector, layer_projector
 from gradproj.protection import Protection, projecting, watching
 from gradproj.representation import Gatherer, Mask, Representation, SeenRows, finished
 from gradproj.subspace import FAST_THRESHOLD, RankRule, extend_basis, held_energy
-from gradproj.verification import Verification, verification
+from gradproj.verification import Verification, leaks, verification
 
 MAX_MEMORY = 2 * 2**30  # bytes
 
@@ -124,28 +124,8 @@ class GradientProjectionMemory:
         return normalization_parameters(self.model, self.exclude, self.include)
 
     def _warn_of_what_can_forget(self) -> None:
-        kept = kept_modules(self.model, self.exclude, self.include)
-        refused = {  # excluded, but because they had to be
-            inner
-            for name, module in self.model.named_modules()
-            if name not in kept and (kind := kind_of(module)) and unknown_weight(module, kind)
-            for inner, _ in module.named_modules(prefix=name)
-        }
-        inside = [name for name in self.unprotected if (owner := name.rpartition(".")[0]) in kept or owner in refused]
-        tied = {id(p) for name, m in kept.items() for p in m.parameters(recurse=False)}
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        inside += [name for name in self.unprotected if name not in inside and id(parameters[name]) in tied]
-        if inside:
-            self._warn(
-                f"not protected, so old tasks may be forgotten through them: {', '.join(inside)}; freeze them "
-                "(requires_grad_(False), or protect(freeze_unprotected=True)) or exclude their modules"
-            )
-        moving = [name for name, m in kept.items() if getattr(m, "track_running_stats", False) and m.training]
-        if moving:
-            self._warn(
-                f"running statistics of {', '.join(moving)} go on moving, and with them old tasks' outputs; use "
-                "track_running_stats=False, or keep these modules in eval mode after the first task"
-            )
+        for concern in what_can_forget(self.model, self.exclude, self.include, self.unprotected):
+            self._warn(concern)
 
     def _warn(self, text: str, category: type[UserWarning] = UserWarning) -> None:
         """Warn the caller of the library, once of each thing."""
@@ -282,14 +262,7 @@ class GradientProjectionMemory:
         shares = {id(source): source for source in gatherer.sources.values()}
         groups = [source.members for source in shares.values()]
         groups += [[name] for name in self.layers if name not in gatherer.sources]  # they did not run, as will be said
-        passes: list[list[str]] = [[]]
-        room = max_memory
-        for members in groups:
-            if passes[-1] and need[members[0]] > room:
-                passes.append([])
-                room = max_memory
-            passes[-1] += members
-            room -= need[members[0]]
+        passes = filled([(members, need[members[0]]) for members in groups], max_memory)
         if len(passes) > 1 and iter(batches) is batches:
             total = sum(need[members[0]] for members in groups) / 2**30
             raise InputError(
@@ -410,7 +383,8 @@ class GradientProjectionMemory:
             if self.n_updates:
                 frozen_ones = [*self._normalization(), *(self._open_parameters() if freeze_unprotected else ())]
                 stack.enter_context(frozen(frozen_ones))
-                self._warn_of_rounding()
+                if concern := what_rounds(self.layers):
+                    self._warn(concern)
             protection = stack.enter_context(projecting(projectors, self._hosts))
             stack.enter_context(watching(self.model, protection, self._say_leaks))
             for inner in (given := [] if optimizer is None else unwrapped(optimizer)):
@@ -484,17 +458,6 @@ class GradientProjectionMemory:
                     f"layer {key} has {d} inputs, but had {len(basis)} when this memory was made; make a new one"
                 )
         self._warn_of_what_can_forget()
-
-    def _warn_of_rounding(self) -> None:
-        halves = [name for name, layer in self.layers.items() if layer.dtype in (torch.bfloat16, torch.float16)]
-        if halves:
-            dtype = str(self.layers[halves[0]].dtype).removeprefix("torch.")
-            size = torch.finfo(self.layers[halves[0]].dtype).eps / 2
-            self._warn(
-                f"the weights of {len(halves)} layers are {dtype}: each step rounds them by up to {size:.1g} of "
-                "themselves, which moves old outputs however gradients are projected (verify() measures it); keep "
-                "float32 weights and train under autocast"
-            )
 
     def start(self, optimizer: Any | None = None, freeze_unprotected: bool = False) -> None:
         """Open `protect` without a with statement, for loops that others drive by callbacks; `stop` closes it."""
@@ -575,7 +538,6 @@ class GradientProjectionMemory:
             raise InputError("there is nothing to compare with: update() or protect() comes first")
         return verification(self, self._reference, self._frozen, self._steps, forward, batch, mask)
 
-    @torch.no_grad()
     def leak(self, before: Mapping[str, Tensor]) -> dict[str, float | None]:
         """‖ΔW M‖ / ‖ΔW‖ by key: the part of the weights' movement in protected directions; rounding, if all is well.
 
@@ -584,19 +546,7 @@ class GradientProjectionMemory:
         Returns:
             None where nothing moved beyond rounding, as in a full layer.
         """
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        ratios: dict[str, float | None] = {}
-        for layer in self.layers.values():
-            parameters = layer.parameters
-            moved = [None if p is None else p - before[names[id(p)]].to(p) for p in parameters]
-            size = torch.stack([p.norm() for p in parameters if p is not None]).norm().item()
-            for key, d in layer.sizes.items():
-                basis = self.bases[key]
-                with full_float32(basis):
-                    inside, length = (x.item() for x in layer.inside(key, basis.to(layer.device), *moved))
-                still = length <= 2 * torch.finfo(layer.dtype).eps * size
-                ratios[key] = None if still or basis.shape[-1] == d else inside / length
-        return ratios
+        return leaks(self, before)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs, tensors and plain values only."""

@@ -15,7 +15,7 @@ from gradproj.errors import InputError
 from gradproj.inspection import Memory, aligned
 from gradproj.layers import Layer
 from gradproj.layers.uses import Uses, plain_paths
-from gradproj.projection import size
+from gradproj.projection import full_float32, size
 from gradproj.representation import Mask
 
 ROUNDINGS = 16  # a movement of so many roundings is still explained by them
@@ -141,6 +141,24 @@ def verification(
     others += grown
     others += [n for n, p in model.named_parameters() if p.requires_grad and n in frozen]
     return Verification(moved, explained, found, others)
+
+
+@torch.no_grad()
+def leaks(memory: Memory, before: Mapping[str, Tensor]) -> dict[str, float | None]:
+    """How much of the weights' movement lies in protected directions; see `GradientProjectionMemory.leak`."""
+    names = {id(p): name for name, p in memory.model.named_parameters()}
+    ratios: dict[str, float | None] = {}
+    for layer in memory.layers.values():
+        parameters = layer.parameters
+        moved = [None if p is None else p - before[names[id(p)]].to(p) for p in parameters]
+        weights = size([p for p in parameters if p is not None])
+        for key, d in layer.sizes.items():
+            basis = memory.bases[key]
+            with full_float32(basis):
+                inside, length = (x.item() for x in layer.inside(key, basis.to(layer.device), *moved))
+            still = length <= 2 * torch.finfo(layer.dtype).eps * weights
+            ratios[key] = None if still or basis.shape[-1] == d else inside / length
+    return ratios
 
 
 def _movement(
