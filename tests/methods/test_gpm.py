@@ -1,4 +1,4 @@
-"""What method gpm feeds its memory: ε, layers, and which images."""
+"""GPM and plain training against their equations; what GPM feeds its memory: ε, layers, and which images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from torch import Tensor
 
 from engine.seeds import generator
 from tests import tiny
+from tests.methods.cases import MethodCase, Slow, SlowGPM
 from tests.tiny_nets import method
+
+
+class TestNaive(MethodCase):
+    name, slow = "naive", Slow
+
+
+class TestGPM(MethodCase):
+    name, slow = "gpm", SlowGPM
 
 
 @pytest.fixture

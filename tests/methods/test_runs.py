@@ -20,6 +20,7 @@ from engine.training import train_task
 from gradproj.errors import InputError
 from methods import METHODS
 from models import AlexNet
+from report.published import SUCCESSORS
 from tests import tiny
 from tests.tiny import run
 from tests.tiny_nets import Residual, SingleHead, method, picture_task, pictures
@@ -283,3 +284,9 @@ def test_a_methods_own_learning_rate_unless_another_is_given(tmp_path, flags, ex
 def test_an_alpha_that_rounding_swallows_is_one_line(tmp_path):
     with pytest.raises(InputError, match="^owm_alpha is 1e-30; beside the inputs' energy that is nothing, give more$"):
         run(tiny.options(tmp_path, method="owm", owm_alpha=1e-30), tiny.benchmark(n_train=8), tiny.Network())
+
+
+def test_steps_that_may_be_taken_otherwise_than_one_operation_at_a_time():
+    assert [name for name in SUCCESSORS if METHODS[name].plain_step] == ["dual_gpm", "sgp"]
+    assert [name for name in SUCCESSORS if METHODS[name].graph_step] == ["dfgp", "trgp", "code_cl"]
+    assert [name for name in SUCCESSORS if METHODS[name].task_identity] == ["trgp", "code_cl", "cuber"]

@@ -1,0 +1,67 @@
+"""What several successors share: projection by degrees, and side paths."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from gradproj.layers import find_layers
+from methods.parts.scaled import scaled_parts, scaled_projector
+from methods.parts.side_paths import SidePath, side_paths
+
+
+@pytest.mark.parametrize("k", [0, 20, 70, 150, 200])
+def test_projection_by_degrees(k):
+    layer = find_layers(nn.Linear(200, 3, bias=False).double())[""]
+    M = torch.linalg.qr(torch.randn(200, k).double()).Q
+    scale, G = torch.rand(k).double(), torch.randn(3, 200).double()
+    projected, _ = scaled_projector(layer, {"": M}, {"": scale})(G)
+    assert_close(projected, G - G @ M @ torch.diag(scale) @ M.T)
+    assert_close(
+        scaled_parts([layer], {layer.module.weight: G}, {"": M}, {"": scale})[layer.module.weight], G - projected
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Linear(4, 3), (5, 4)),
+        (nn.Linear(4, 3, bias=False), (2, 5, 4)),
+        (nn.Conv2d(2, 3, 3, padding=1), (2, 2, 4, 4)),
+        (nn.Conv2d(4, 6, 2, stride=2, groups=2), (2, 4, 4, 4)),
+    ],
+)
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_side_paths_are_dense_weights_whose_gradients_are_projected(module, shape, by_keyword):
+    torch.manual_seed(0)
+    module = copy.deepcopy(module).double()
+    (layer,) = find_layers(nn.Sequential(module)).values()
+    parameters = [p for p in layer.parameters if p is not None]
+    d, k = layer.input_size, 2
+    P = torch.eye(d).double() - 0.3 / d  # any symmetric matrix
+    leaves = [part.detach().requires_grad_() for part in layer.rows(*layer.parameters).chunk(layer.groups)]
+    paths, shifts, dense, free = {}, [], [], []
+    for key, W in zip(layer.keys, leaves, strict=True):
+        B, C, F = (torch.linalg.qr(torch.randn(d, k).double()).Q for _ in range(3))
+        D, E, H = (nn.Parameter(torch.randn(k, k).double()) for _ in range(3))
+        paths[key] = [SidePath(B, D, W.detach() @ B), SidePath(C, E, open=P @ C), SidePath(F, H)]
+        V = W.detach().requires_grad_()  # what the third path leaves as it is
+        dense.append(W.detach() + W.detach() @ B @ D @ B.T + W @ C @ E @ C.T + V @ F @ H @ F.T)
+        shifts += [D, E, H]
+        free.append(V)
+    x = torch.randn(shape).double().requires_grad_()
+    expected = layer.apply(x, *layer.from_rows(torch.cat(dense)))
+    loss = lambda output: (output * torch.linspace(-1, 1, output.numel()).view_as(output).double()).sum()  # noqa: E731
+    wanted = torch.autograd.grad(loss(expected), [x, *shifts, *leaves, *free])
+    plain = torch.autograd.grad(loss(module(x)), parameters)  # what W itself gets, beside what comes through the paths
+    with side_paths({"": layer}, paths):
+        output = module(input=x) if by_keyword else module(x)
+    found = torch.autograd.grad(loss(output), [x, *shifts, *parameters])
+    assert_close(output, expected)
+    assert_close(found[: -len(parameters)], wanted[: 1 + len(shifts)])
+    through = [a - b for a, b in zip(found[-len(parameters) :], plain, strict=True)]
+    gradients = zip(wanted[-2 * len(leaves) : -len(leaves)], wanted[-len(leaves) :], strict=True)
+    assert_close(layer.rows(*through, *[None] * (module.bias is None)), torch.cat([G @ P + H for G, H in gradients]))
+    assert_close(module(x), layer.apply(x, *layer.parameters))
