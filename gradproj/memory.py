@@ -544,7 +544,7 @@ class GradientProjectionMemory:
         Args:
             before: the model's state_dict from where the movement is measured, on any device.
         Returns:
-            None where nothing moved beyond rounding, as in a full layer.
+            None where nothing moved beyond rounding, as it should be in a full layer.
         """
         return leaks(self, before)
 

@@ -152,12 +152,12 @@ def leaks(memory: Memory, before: Mapping[str, Tensor]) -> dict[str, float | Non
         parameters = layer.parameters
         moved = [None if p is None else p - before[names[id(p)]].to(p) for p in parameters]
         weights = size([p for p in parameters if p is not None])
-        for key, d in layer.sizes.items():
+        for key in layer.keys:
             basis = memory.bases[key]
             with full_float32(basis):
                 inside, length = (x.item() for x in layer.inside(key, basis.to(layer.device), *moved))
             still = length <= 2 * torch.finfo(layer.dtype).eps * weights
-            ratios[key] = None if still or basis.shape[-1] == d else inside / length
+            ratios[key] = None if still else inside / length
     return ratios
 
 

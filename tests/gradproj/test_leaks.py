@@ -58,6 +58,18 @@ class Renormalised(nn.Module):
         return self.b(self.a(x))
 
 
+class Tied(nn.Module):
+    """A head that lends its weight to a kind of module that is not known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head, self.bend = nn.Linear(D, D), nn.Linear(D, D), nn.Bilinear(1, 1, 1)
+        self.bend.weight = self.head.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.a(x))
+
+
 class TestLeaks:
     @pytest.mark.parametrize(
         ("use", "name"),
@@ -185,3 +197,18 @@ class TestLeaks:
             model(NEW).square().mean().backward()
         with pytest.raises(InputError, match=r"^4.weight, 4.bias had another shape when it was remembered"):
             memory.verify(model, OLD)
+
+
+def test_a_weight_of_an_excluded_module_that_another_one_has_too_is_named():
+    with pytest.warns(UserWarning, match=r"through them: bend\.bias, head\.weight; freeze"):
+        GradientProjectionMemory(Tied(), exclude=["head"])
+
+
+def test_leak_shows_a_full_layer_that_has_moved():
+    layer = nn.Linear(D, D, bias=False)
+    memory = GradientProjectionMemory(layer)
+    memory.update(layer, [torch.eye(D)], threshold=1.0)
+    before = {name: p.clone() for name, p in layer.state_dict().items()}
+    assert memory.leak(before) == {"": None}
+    layer.weight.data += 0.1
+    assert memory.leak(before)[""] == pytest.approx(1, abs=1e-6)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from gradproj import GradientProjectionMemory
+from gradproj.batches import filled
 from gradproj.errors import InputError
 from tests.gradproj.learned import OLD, D, mlp
 
@@ -185,3 +186,8 @@ class TestPasses:
         gathered = memory.gather(model, [OLD])
         expected = torch.cat([OLD.relu(), torch.ones(3, 1)], dim=1).T.double()
         assert_close(gathered["k"].outer, expected @ expected.T)
+
+
+def test_passes_hold_what_fits():
+    groups = [(["a"], 2), (["b", "c"], 4), (["d"], 5), (["e"], 1), (["f"], 9), (["g"], 1)]
+    assert filled(groups, 6) == [["a", "b", "c"], ["d", "e"], ["f"], ["g"]]

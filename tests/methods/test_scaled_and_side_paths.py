@@ -65,3 +65,15 @@ def test_side_paths_are_dense_weights_whose_gradients_are_projected(module, shap
     gradients = zip(wanted[-2 * len(leaves) : -len(leaves)], wanted[-len(leaves) :], strict=True)
     assert_close(layer.rows(*through, *[None] * (module.bias is None)), torch.cat([G @ P + H for G, H in gradients]))
     assert_close(module(x), layer.apply(x, *layer.parameters))
+
+
+def test_side_paths_leave_a_forward_as_it_was():
+    (layer,) = find_layers(nn.Sequential(nn.Conv2d(2, 3, 2, bias=False))).values()
+    paths = {"0": [SidePath(torch.eye(8)[:, :1], torch.ones(1, 1))]}
+    with side_paths({"0": layer}, paths):
+        pass
+    assert "forward" not in vars(layer.module)
+    layer.module.forward = replaced = lambda images: images
+    with side_paths({"0": layer}, paths):
+        assert layer.module.forward is not replaced
+    assert layer.module.forward is replaced
