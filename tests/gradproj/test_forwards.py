@@ -34,6 +34,7 @@ class TestHalfPrecision:
         learned = Learned(mlp().bfloat16(), old=OLD.bfloat16(), new=NEW.bfloat16())
         assert [s for s in learned.said if "are bfloat16" in s] == learned.said
         assert len(learned.said) == 1
+        assert "rounds them by up to 0.004 of" in learned.said[0]
         assert 1e-4 < learned.verified.moved < 0.1
         assert learned.verified.holds
 
