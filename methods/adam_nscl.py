@@ -28,8 +28,9 @@ class AdamNSCL(GPM):
     Where Σ is singular, λ_min is rounding: it counts as no less than rounding makes eigenvalues of 0, d · 2⁻⁵² · tr Σ,
     so that the null space is then what no input uses.
 
-    a is the paper's, 10 for ten tasks and 30 for twenty; the learning rate was found by search on permuted MNIST
-    (docs/successors.md). The paper's networks and schedules are not GPM's, so no published number is comparable.
+    a is the paper's, 10 for ten tasks and 30 for twenty, but that of permuted MNIST; that and the learning rate were
+    found by search (docs/successors.md). The paper's networks and schedules are not GPM's, so no published number is
+    comparable.
 
     Stores Σ (d, d) of each layer.
     """
@@ -40,6 +41,7 @@ class AdamNSCL(GPM):
     defaults = {
         "lr": 1e-4,
         "lr_min": 1e-6,
+        "pmnist": {"nscl_ratio": 100.0},
         "cifar100_superclass": {"nscl_ratio": 30.0},
         "miniimagenet": {"nscl_ratio": 30.0},
     }
