@@ -45,7 +45,7 @@ class AdamNSCL(GPM):
         "cifar100_superclass": {"nscl_ratio": 30.0},
         "miniimagenet": {"nscl_ratio": 30.0},
     }
-    plain_step = False
+    plain_step, embeddings = False, False
     state = ("memory", "outer")
 
     def __init__(self, model: nn.Module, options: Options) -> None:

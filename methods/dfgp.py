@@ -41,7 +41,7 @@ class DFGP(GPM):
         "five_datasets": {"threshold": (0.95,), "dfgp_beta": 1.0, "dfgp_gamma": 1e-4},
         "miniimagenet": {"threshold": (0.97,), "threshold_step": 0.0, "dfgp_gamma": 0.01},
     }
-    plain_step, graph_step = False, True
+    plain_step, graph_step, embeddings = False, True, False
 
     def backward(self, images: Tensor, labels: Tensor, t: int) -> Tensor:
         parameters, rho = self.parameters(t), self.options.dfgp_rho

@@ -41,7 +41,8 @@ class DualGPM(GPM):
     """
 
     name, title, place = "dual_gpm", "DualGPM", 10
-    state = ("halves", "n_updates")
+    embeddings = False
+    state = ("halves", "others")
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
@@ -54,13 +55,13 @@ class DualGPM(GPM):
     def keep(self) -> None:
         """Store the bases, and go on from what is stored, as a continued run does."""
         self.halves = {key: Half.of(basis) for key, basis in self.memory.bases.items()}
-        self.n_updates = self.memory.n_updates
+        self.others = self.memory.state_dict() | {"bases": {}}
         self.restore()
 
     def restore(self) -> None:
         """Make the bases from what is stored."""
         bases = {key: half.basis() for key, half in self.halves.items()}
-        self.memory.load_state_dict({"bases": bases, "n_updates": self.n_updates})
+        self.memory.load_state_dict(self.others | {"bases": bases})
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         super().load_state_dict(saved)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
 
 from engine.options import Options, flag
 from engine.seeds import generator
 from engine.task import Split, Task
 from gradproj.normalization import frozen, normalization_parameters
-from gradproj.subspace import extend_basis
 from methods.gpm import GPM, Forward
 from methods.parts.perturbation import computing_with
 from methods.parts.replay import Replay, has_batch_statistics, mixed_loss
-from methods.parts.scaled import scaled_parts
+from methods.parts.scaled import Scaled, calls_of_few_rows
 
 STEEPNESS = 10  # of λ = σ(10 s)
 LARGEST_ENTRY, LARGEST_NORM = 2.0, 2.0  # of a gradient uphill, and of those stepped on
+
+Weights = dict[nn.Parameter, Tensor]
 
 
 class FSDGPM(GPM, Replay):
@@ -52,16 +54,10 @@ class FSDGPM(GPM, Replay):
     defaults = {
         "momentum": 0.9,
         "memory_images": 1000,
-        "pmnist": {
-            "threshold": (0.99,),
-            "threshold_step": 0.0005,
-            "memory_images": 200,
-            "fs_eta1": 0.05,
-            "fs_order": 1,
-        },
+        "pmnist": {"threshold": (0.99,), "threshold_step": 5e-4, "memory_images": 200, "fs_eta1": 0.05, "fs_order": 1},
         "cifar100_superclass": {"fs_eta1": 0.01},
     }
-    plain_step = False
+    plain_step, embeddings = False, False
     state = ("memory", "softness", *Replay.state)
 
     def __init__(self, model: nn.Module, options: Options) -> None:
@@ -69,9 +65,8 @@ class FSDGPM(GPM, Replay):
         self.softness: dict[str, nn.Parameter] = {}  # s (k,) by key, from the second task on, while one is learned
 
     def before_task(self, t: int, task: Task) -> None:
-        dtype = next(self.model.parameters()).dtype
-        bases = self.memory.bases if t else {}
-        self.softness = {key: nn.Parameter(basis.new_ones(basis.shape[1], dtype=dtype)) for key, basis in bases.items()}
+        like = next(self.model.parameters())
+        self.softness = {key: nn.Parameter(like.new_ones(k)) for key, k in self.memory.columns.items() if t}
 
     def parameters(self, t: int) -> list[nn.Parameter]:
         return [*super().parameters(t), *self.softness.values()]
@@ -84,8 +79,7 @@ class FSDGPM(GPM, Replay):
 
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
-        dtype = next(self.model.parameters()).dtype
-        self.directions = {key: self.memory.bases[key].to(dtype) for key in self.softness}  # V (d, k)
+        self.directions = {key: self.memory.bases[key].to(s) for key, s in self.softness.items()}  # V (d, k)
         with frozen(normalization_parameters(self.model, self.task_module_names) if t else ()):
             yield
 
@@ -96,8 +90,7 @@ class FSDGPM(GPM, Replay):
             drawn = self.reservoir.draw(n, has_batch_statistics(self.model), self.generator)
             everything = [torch.cat(pair) for pair in zip(everything, drawn, strict=True)]
         n_parts = 2 if len(labels) > 3 else 1  # BatchNorm refuses a single image
-        weights = {p: p for p in super().parameters(t)}
-        losses = []
+        weights, losses = {p: p for p in super().parameters(t)}, []
         for part in zip(images.chunk(n_parts), labels.chunk(n_parts), strict=True):
             weights = self.uphill(weights, *part, t)
             with computing_with(self.model, weights), self.precision(images.device):
@@ -106,31 +99,38 @@ class FSDGPM(GPM, Replay):
         loss.backward()
         clip_grad_norm_(list(weights), LARGEST_NORM)
         clip_grad_norm_(self.softness.values(), LARGEST_NORM)
-        with torch.no_grad():
-            for p, held in self.held({p: p.grad for p in weights}).items():
-                p.grad = p.grad - held
+        if self.softness:
+            with torch.no_grad():
+                held = self.scaled.gradients(self.memory.layers.values(), {p: p.grad for p in weights})
+                for p, part in held.items():
+                    p.grad -= part
         return loss.detach()
 
-    def uphill(
-        self, weights: dict[nn.Parameter, Tensor], images: Tensor, labels: Tensor, t: int
-    ) -> dict[nn.Parameter, Tensor]:
+    def uphill(self, weights: Weights, images: Tensor, labels: Tensor, t: int) -> Weights:
         """w_h from w_{h-1}, by parameter."""
-        with computing_with(self.model, weights), self.precision(images.device):
-            loss = self.loss(images, labels, t)
-        second_order = self.options.fs_order == 2
-        found = torch.autograd.grad(loss, list(weights.values()), create_graph=second_order, allow_unused=True)
-        gradients = dict(zip(weights, found, strict=True))
-        gradients |= self.held(gradients)
+        layers, second = self.memory.layers.values() if self.softness else (), self.options.fs_order == 2
+        attention = sdpa_kernel(SDPBackend.MATH) if second else nullcontext()  # others differentiate once only
+        with calls_of_few_rows(layers) as calls, attention, computing_with(self.model, weights):
+            with self.precision(images.device):
+                loss = self.loss(images, labels, t)
+        by_rows = {p for call in calls for p in call.layer.parameters}
+        others = {p: w for p, w in weights.items() if p not in by_rows}
+        wanted = [*others.values(), *(call.zeros for call in calls)]
+        used = torch.autograd.grad(loss, wanted, create_graph=second, allow_unused=True)
+        gradients = {p: g for p, g in zip(others, used, strict=False) if g is not None}
+        if self.softness:
+            gradients |= self.scaled.gradients(layers, gradients)
+        for call, deltas in zip(calls, used[len(others) :], strict=True):
+            if deltas is not None:
+                call = call if second else call._replace(inputs=call.inputs.detach())
+                gradients |= self.scaled.of_call(call, deltas)
         rate = self.options.fs_eta1 * self.lr / self.options.lr
-        return {
-            p: w if gradients[p] is None else w + rate * gradients[p].clamp(-LARGEST_ENTRY, LARGEST_ENTRY)
-            for p, w in weights.items()
-        }
+        return weights | {p: weights[p] + rate * g.clamp(-LARGEST_ENTRY, LARGEST_ENTRY) for p, g in gradients.items()}
 
-    def held(self, gradients: Mapping[nn.Parameter, Tensor | None]) -> dict[nn.Parameter, Tensor]:
-        """G V diag(λ) Vᵀ of the layers, from the second task on, by parameter."""
-        firmness = {key: torch.sigmoid(STEEPNESS * s) for key, s in self.softness.items()}
-        return scaled_parts(self.memory.layers.values(), gradients, self.directions, firmness) if firmness else {}
+    @property
+    def scaled(self) -> Scaled:
+        """G ↦ G V diag(λ) Vᵀ."""
+        return Scaled(self.directions, {key: torch.sigmoid(STEEPNESS * s) for key, s in self.softness.items()})
 
     def after_task(self, t: int, task: Task) -> None:
         self.softness = {}
@@ -138,13 +138,8 @@ class FSDGPM(GPM, Replay):
         super().after_task(t, task)
 
     def remember(self, t: int, forward: Forward, images: Iterable[Tensor], samples: dict[str, int]) -> None:
-        gathered, epsilon = self.memory.gather(forward, images, samples), self.epsilon(t)
-        bases = {
-            key: extend_basis(self.memory.bases[key][:, :0], gathered[key], epsilon[layer.name])
-            for layer in self.memory.layers.values()
-            for key in layer.keys
-        }
-        self.memory.replace(bases)
+        self.memory.bases = {key: basis[:, :0] for key, basis in self.memory.bases.items()}  # V is made anew
+        super().remember(t, forward, images, samples)
 
     def representative(self, t: int, train: Split) -> tuple[Iterable[Tensor], dict[str, int]]:
         n = len(self.reservoir) if self.options.n_samples == "all" else self.options.n_samples

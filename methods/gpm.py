@@ -32,11 +32,14 @@ class GPM(Method):
     `testing` sees it computes, and what they `remember` of a task.
 
     Stores Σ d·k floats over the layers' bases.
+
+    Attributes:
+        embeddings: whether it can remember rows of an embedding, which have no basis.
     """
 
     name, title, place = "gpm", "GPM", 0
     reads = ("threshold", "threshold_step", "n_samples", "samples")
-    plain_step = True
+    plain_step, embeddings = True, True
     state = ("memory",)
 
     def __init__(self, model: nn.Module, options: Options) -> None:
@@ -44,6 +47,9 @@ class GPM(Method):
         rule = "released" if options.protocol == "released" else "paper"
         self.memory = GradientProjectionMemory(model, exclude=self.task_module_names, rank_rule=rule, exact=True)
         names = list(self.memory.layers)
+        tables = [key for key, basis in self.memory.bases.items() if basis.ndim == 1]
+        if tables and not self.embeddings:
+            raise InputError(f"{self.name} needs layers with a basis, and embeddings have none: {', '.join(tables)}")
         if len(options.threshold) not in (1, len(names)):
             raise InputError(
                 f"threshold has {len(options.threshold)} values; give one, or one for each of the {len(names)} layers: "

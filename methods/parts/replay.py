@@ -145,9 +145,8 @@ class Replay(Method):
 
 
 def has_batch_statistics(model: nn.Module) -> bool:
-    """Whether a network's test outputs depend on the other images of the batch."""
-    batch_norm = nn.modules.batchnorm._BatchNorm
-    return any(isinstance(m, batch_norm) and not m.track_running_stats for m in model.modules())
+    """Whether a network's outputs in training depend on the other images of the batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def mixed_loss(method: Method, images: Tensor, labels: Tensor, tasks: Tensor) -> Tensor:

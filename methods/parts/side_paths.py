@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from engine import state
+from engine.options import Options
 from engine.task import Task
+from gradproj.errors import InputError
 from gradproj.layers import Layer
+from gradproj.layers.convolution import ConvolutionLayer
 from gradproj.layers.linear import LinearLayer
 from methods.gpm import GPM
 
@@ -141,8 +144,15 @@ class SidePathGPM(GPM):
         shifts: by task, the Q - I of its side paths, in dicts.
     """
 
-    plain_step, graph_step, task_identity, one_network = False, True, True, False
+    plain_step, graph_step, task_identity, one_network, embeddings = False, True, True, False, False
     shifts: list[dict[str, Any]]
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        super().__init__(model, options)
+        layers = self.memory.layers.items()
+        others = [name for name, layer in layers if not isinstance(layer, (LinearLayer, ConvolutionLayer))]
+        if others:
+            raise InputError(f"{self.name} changes Linear layers and convolutions; not {', '.join(others)}")
 
     def side_paths(self, t: int) -> dict[str, list[SidePath]]:
         """Those of task t, by key."""

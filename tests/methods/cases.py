@@ -86,7 +86,8 @@ class Slow:
         self.gradients(t, images, labels)
         with torch.no_grad():
             for p in self.trained(t):
-                p -= LR * p.grad
+                if p.grad is not None:
+                    p -= LR * p.grad
 
     def trained(self, t: int) -> list[nn.Parameter]:
         """The shared parameters and the head of task t."""

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from engine.seeds import generator
 from methods.parts.replay import Reservoir
-from tests import reference
-from tests.methods.cases import KINDS, LR, MethodCase, SlowGPM, pictures_network, train
+from tests import reference, tiny
+from tests.methods.cases import KINDS, LR, Kind, MethodCase, SlowGPM, pictures_network, train
 from tests.tiny_nets import SingleHead, method
 
 
@@ -62,8 +63,9 @@ class SlowFSDGPM(SlowGPM):
         p -= rate * self.velocity[name]
 
     def clipped(self, G):
-        norm = sum(g.square().sum() for g in G.values()).sqrt()
-        return {n: g * min(1.0, 2 / (norm + 1e-6)) for n, g in G.items()}
+        there = {n: g for n, g in G.items() if g is not None}
+        norm = sum(g.square().sum() for g in there.values()).sqrt()
+        return {n: g * min(1.0, 2 / (norm + 1e-6)) for n, g in there.items()}
 
     def soft(self, t, g):
         """g V diag(λ) Vᵀ in layers with a basis."""
@@ -109,6 +111,45 @@ class TestFSDGPM(MethodCase):
 
 class TestFSDGPMFirstOrder(TestFSDGPM):
     changes = TestFSDGPM.changes | {"fs_order": 1}
+
+
+class Wide(nn.Module):
+    """More units than a batch has images, whose rows gradients are made of then; one layer's output is unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2 = nn.Linear(tiny.N_INPUTS, 20, bias=False), nn.Linear(20, 25)
+        self.fc3, self.idle = nn.Linear(25, tiny.N_CLASSES, bias=False), nn.Linear(25, 20)
+        self.double()
+
+    def forward(self, images: Tensor, task: int = 0) -> Tensor:
+        h = F.relu(self.fc2(F.relu(self.fc1(images))))
+        self.idle(h)
+        return self.fc3(h)
+
+
+class TestFSDGPMOfFewRows(TestFSDGPM):
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "kind" in metafunc.fixturenames:
+            metafunc.parametrize("kind", [Kind(Wide, tiny.task)])
+
+
+class TestFSDGPMOfFewRowsFirstOrder(TestFSDGPMOfFewRows):
+    changes = TestFSDGPM.changes | {"fs_order": 1}
+
+
+def test_attention_can_be_differentiated_twice():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(3, 3) for _ in range(3))
+
+        def forward(self, images: Tensor, task: int = 0) -> Tensor:
+            tokens = images.unflatten(1, (1, 4, 3))
+            return F.scaled_dot_product_attention(self.q(tokens), self.k(tokens), self.v(tokens)).mean((1, 2))
+
+    train(method(Attention(), "fs_dgpm"), 0, tiny.task(0, dtype=torch.float32))
 
 
 def test_fs_dgpm_learns_how_firmly_to_hold():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from gradproj.layers import find_layers
-from methods.parts.scaled import scaled_parts, scaled_projector
+from methods.parts.scaled import Scaled, calls_of_few_rows, scaled_projector
 from methods.parts.side_paths import SidePath, side_paths
 
 
@@ -19,9 +19,34 @@ def test_projection_by_degrees(k):
     scale, G = torch.rand(k).double(), torch.randn(3, 200).double()
     projected, _ = scaled_projector(layer, {"": M}, {"": scale})(G)
     assert_close(projected, G - G @ M @ torch.diag(scale) @ M.T)
-    assert_close(
-        scaled_parts([layer], {layer.module.weight: G}, {"": M}, {"": scale})[layer.module.weight], G - projected
-    )
+    scaled = Scaled({"": M}, {"": scale})
+    assert_close(scaled.gradients([layer], {layer.module.weight: G})[layer.module.weight], G - projected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_projection_by_degrees_of_few_rows(bias):
+    layer = find_layers(nn.Linear(7, 6, bias=bias).double())[""]
+    x = torch.randn(2, 2, 7).double()
+    M, scale = torch.linalg.qr(torch.randn(7 + bias, 3).double()).Q, torch.rand(3).double()
+    scaled = Scaled({"": M}, {"": scale})
+    with calls_of_few_rows([layer]) as calls:
+        loss = layer.module(x).square().sum()
+    parameters = list(layer.module.parameters())
+    deltas, *found = torch.autograd.grad(loss, [calls[0].zeros, *parameters])
+    gradients = dict(zip(parameters, found, strict=True))
+    assert_close(scaled.of_call(calls[0], deltas), scaled.gradients([layer], gradients))
+
+
+def test_calls_of_few_rows_are_single_ones():
+    model = nn.ModuleDict({name: nn.Linear(3, 3) for name in ("once", "twice", "many")} | {"other": nn.Conv1d(3, 3, 1)})
+    layers = find_layers(model).values()
+    with calls_of_few_rows(layers) as calls:
+        for name, n in (("once", 2), ("twice", 2), ("twice", 2), ("many", 3)):
+            model[name](torch.ones(n, 3))
+        model["other"](torch.ones(1, 3, 1))
+    assert [call.layer.name for call in calls] == ["once"]
+    model["once"](torch.ones(1, 3))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
