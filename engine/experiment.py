@@ -206,7 +206,8 @@ class Run:
         model = self.method.model
         images = self.tasks[j].train.images
         parts = [images[start:stop] for start, stop in batches(len(images), self.options.batch_size_test)]
-        return normalization.training_statistics(model, lambda images: model(images, j), parts)
+        with self.method.testing(j):
+            return normalization.training_statistics(model, lambda images: model(images, j), parts)
 
     def epoch_done(self, epoch: Epoch) -> None:
         """Record an epoch and, now and then, save."""

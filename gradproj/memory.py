@@ -492,11 +492,15 @@ class GradientProjectionMemory:
             self._protection.is_on = True
 
     @torch.no_grad()
-    def project_gradients(self) -> None:
-        """Project the gradients that the parameters hold, inside `protect`, as backward outside `raw` would have."""
+    def project_gradients(self, projectors: Mapping[str, LayerProjector] | None = None) -> None:
+        """Project the gradients that the parameters hold, inside `protect`, as backward outside `raw` would have.
+
+        Args:
+            projectors: what they go through, of some layers, instead.
+        """
         if self._protection is None:
             return
-        for project in self._protection.projectors.values():
+        for project in (self._protection.projectors if projectors is None else projectors).values():
             if project.is_idle or (raw := gradients(project)) is None:
                 continue
             for parameter, gradient in zip(project.layer.parameters, project(*raw), strict=True):

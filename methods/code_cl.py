@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from engine.options import Options, flag
-from engine.seeds import generator
 from engine.task import Task
 from gradproj.errors import InputError
 from gradproj.layers import Layer
 from gradproj.projection import LayerProjector
 from methods.gpm import Forward
 from methods.parts.conceptors import Conceptor, both, conceptor, either
+from methods.parts.regions import some_of
 from methods.parts.scaled import scaled_projector
 from methods.parts.side_paths import SidePath, SidePathGPM
 
@@ -53,15 +52,14 @@ class CODECL(SidePathGPM):
         "five_datasets": {"code_alpha": 4.0, "code_mu": 0.01},
         "miniimagenet": {"code_alpha": 8.0},
     }
-    state = ("memory", "strengths", "directions", "shifts")
+    state = ("memory", "strengths", "shifts")
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
         if options.n_samples == "all":
             raise InputError("n_samples is all; code_cl holds the inputs of all samples at once: give a number")
         self.strengths = {key: basis.new_zeros(0) for key, basis in self.memory.bases.items()}  # eigenvalues of C
-        self.directions: list[dict[str, Tensor]] = []  # by task and key, U
-        self.shifts: list[dict[str, nn.Parameter]] = []  # S - I
+        self.shifts: list[dict[str, list[Tensor]]] = []  # by task and key, U and S - I
 
     def projector(self, layer: Layer) -> LayerProjector:
         return scaled_projector(layer, self.memory.bases, self.strengths)
@@ -71,34 +69,25 @@ class CODECL(SidePathGPM):
         return Conceptor(self.memory.bases[key], self.strengths[key])
 
     def before_task(self, t: int, task: Task) -> None:
-        directions: dict[str, Tensor] = {}
+        paths, n = {}, self.options.code_directions
         if t:
-            order = torch.randperm(len(task.train.labels), generator=generator(self.options.seed, "regions", t))
-            images = task.train.images[order[: self.options.region_images].to(task.train.images.device)]
+            images = some_of(self, t, task.train, self.options.region_images).images
             for key, new in self.conceptors(lambda batch: self.model(batch, t), [images], {}).items():
                 shared = both(self.held(key), new)
                 near = shared.values.sum() > self.options.code_overlap * self.strengths[key].sum()
-                if near and len(shared.vectors) > self.options.code_directions:
-                    U = shared.vectors[:, : self.options.code_directions]
-                    directions[key] = U.to(next(self.model.parameters()).dtype)
-        self.directions = [*self.directions[:t], directions]
-        shifts = {key: nn.Parameter(U.new_zeros(2 * [U.shape[1]])) for key, U in directions.items()}
-        self.shifts = [*self.shifts[:t], shifts]
+                if near and len(shared.vectors) > n:
+                    U = shared.vectors[:, :n].to(images.dtype)
+                    paths[key] = [U, nn.Parameter(U.new_zeros(2 * [U.shape[1]]))]
+        self.shifts = [*self.shifts[:t], paths]
 
     def side_paths(self, t: int) -> dict[str, list[SidePath]]:
-        paths = {}
-        for key, U in self.directions[t].items():
-            V, c = (part.to(U) for part in self.held(key))
-            paths[key] = [SidePath(U, self.shifts[t][key], open=U - V @ (c[:, None] * (V.T @ U)))]
-        return paths
+        return {key: [SidePath(*path)] for key, path in self.shifts[t].items()}
 
     def remember(self, t: int, forward: Forward, images: Iterable[Tensor], samples: dict[str, int]) -> None:
-        found = self.conceptors(forward, images, samples)
-        if t:
-            found = {key: either(self.held(key), new) for key, new in found.items()}
-        found = {key: new.above(LEAST) for key, new in found.items()}
-        self.memory.replace({key: new.vectors for key, new in found.items()})
-        self.strengths = {key: new.values for key, new in found.items()}
+        new = self.conceptors(forward, images, samples)
+        found = {key: either(self.held(key), C).above(LEAST) for key, C in new.items()}
+        self.memory.replace({key: C.vectors for key, C in found.items()})
+        self.strengths = {key: C.values for key, C in found.items()}
 
     def conceptors(self, forward: Forward, images: Iterable[Tensor], samples: dict[str, int]) -> dict[str, Conceptor]:
         """That of each layer's inputs, by key."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from engine.options import Options, flag
 from engine.task import Task
+from gradproj.errors import InputError
 from gradproj.layers import Layer
-from gradproj.projection import LayerProjector, full_float32, layer_projector
+from gradproj.projection import LayerProjector, layer_projector
 from methods.parts.regions import gradient_rows, layer_gradients, weight_rows
-from methods.parts.side_paths import SidePath
 from methods.trgp import TRGP
 
 
@@ -42,13 +42,15 @@ class CUBER(TRGP):
     }
     defaults = TRGP.defaults | {"pmnist": {"region_images": 300}}
     graph_step = False
-    state = (*TRGP.state, "gradients", "helping")
+    state = (*TRGP.state, "gradients", "helping", "before")
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
+        if options.n_samples == "all":
+            raise InputError("n_samples is all; cuber makes one gradient of all samples at once: give a number")
         self.gradients: list[dict[str, Tensor]] = []  # by task and key, G (o, d) at its learned weights
         self.helping: dict[str, list[int]] = {}  # by key, the regions j in which W moves at the moment
-        self.helped: dict[tuple[str, int], Tensor] = {}  # by key and j, their B_j
+        self.before: dict[str, dict[int, Tensor]] = {}  # by key and j, W_{t-1} B_j of those that began as such
 
     def choose(self, t: int, gradients: dict[str, Tensor]) -> None:
         super().choose(t, gradients)
@@ -56,81 +58,64 @@ class CUBER(TRGP):
         for layer in self.memory.layers.values():
             helped = {key: self.agreeing(key, gradients[key], list(self.shifts[t][key])) for key in layer.keys}
             self.helping |= helped if any(helped.values()) else {}
+        weights = weight_rows(self.memory.layers)
+        self.before = {
+            key: {j: weights[key].detach() @ self.span(key, j) for j in js} for key, js in self.helping.items()
+        }
 
     def agreeing(self, key: str, gradient: Tensor, tasks: list[int]) -> list[int]:
         """Those of some old tasks whose own gradient agrees with this one (o, d)."""
-        old = {j: self.gradients[j][key] for j in tasks}
-        lengths = {j: (G.norm() * gradient.norm()).item() for j, G in old.items()}
-        least = self.options.cuber_agreement
-        return [j for j, G in old.items() if lengths[j] > 0 and (G * gradient).sum() >= least * lengths[j]]
+        new, length = gradient.flatten(), gradient.norm()
+        cosines = {j: (old := self.gradients[j][key].flatten()) @ new / (old.norm() * length) for j in tasks}
+        return [j for j in tasks if cosines[j] >= self.options.cuber_agreement]  # NaN, where one is 0, is not
 
     def projector(self, layer: Layer) -> LayerProjector:
         """None where W helps: there gradients are projected after they are tested."""
-        closed = {key: [] if key in self.helping else self.closed(key) for key in layer.keys}
-        return layer_projector(layer, {key: self.memory.bases[key][:, columns] for key, columns in closed.items()})
-
-    def closed(self, key: str) -> list[int]:
-        """The columns of M that hold what tasks use that are not helped."""
-        helping = self.helping.get(key, [])
-        return sorted({i for j, region in enumerate(self.regions) if j not in helping for i in region[key].tolist()})
-
-    def side_paths(self, t: int) -> dict[str, list[SidePath]]:
-        paths = super().side_paths(t)
-        for key in paths if t < len(self.regions) else self.helping:  # there W B_j moves, or has moved
-            paths[key] = [path._replace(product=None) for path in paths[key]]
-        return paths
+        late = layer.keys[0] in self.helping
+        return layer_projector(layer, {key: self.memory.bases[key][:, : 0 if late else None] for key in layer.keys})
 
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
-        self.helped = {(key, j): self.span(key, j) for key, js in self.helping.items() for j in js}
         self.close()
         with super().learning(t, task):
             yield
 
     def close(self) -> None:
-        """Make what the gradients of layers whose weights help go through."""
+        """Make what the gradients of layers whose weights help go through: all but what helped tasks alone use."""
+        self.helped = {(key, j): self.span(key, j) for key, js in self.helping.items() for j in js}
         bases = {key: self.memory.bases[key][:, self.closed(key)] for key in self.helping}
         layers = {name: layer for name, layer in self.memory.layers.items() if layer.keys[0] in bases}
         self.late_projectors = {name: layer_projector(layer, bases) for name, layer in layers.items()}
 
+    def closed(self, key: str) -> list[int]:
+        """The columns of M that hold what tasks use that are not helped."""
+        others = [region[key].tolist() for j, region in enumerate(self.regions) if j not in self.helping.get(key, [])]
+        return sorted({i for columns in others for i in columns})
+
     def backward(self, images: Tensor, labels: Tensor, t: int) -> Tensor:
         loss = super().backward(images, labels, t)
-        if self.helping:
-            self.test_again()
-            if any(self.helping.values()):
-                self.movement().backward()
-            self.project()
-        return loss
-
-    def test_again(self) -> None:
-        """Help no more whom this step's gradients, not yet projected, disagree with."""
-        gradients = gradient_rows(self.memory.layers)
-        helping = {key: self.agreeing(key, gradients[key], tasks) for key, tasks in self.helping.items()}
-        if helping != self.helping:
+        gradients = gradient_rows(self.memory.layers) if self.helped else {}
+        helping = {key: self.agreeing(key, gradients[key], js) if js else js for key, js in self.helping.items()}
+        if helping != self.helping:  # help no more whom this step's gradients, not yet projected, disagree with
             self.helping = helping
             self.close()
-
-    @torch.no_grad()
-    def project(self) -> None:
-        """Project the gradients of the layers whose weights help."""
-        for project in self.late_projectors.values():
-            parameters = project.layer.parameters
-            with full_float32(project.layer.module.weight):
-                projected = project(*(None if p is None else p.grad for p in parameters))
-            for parameter, gradient in zip(parameters, projected, strict=True):
-                if parameter is not None:
-                    parameter.grad = gradient
+        if self.helped:
+            self.movement().backward()
+        self.memory.project_gradients(self.late_projectors)
+        return loss
 
     def movement(self) -> Tensor:
         """λ Σ ‖(W - W_{t-1}) B_j‖ over the tasks that are helped."""
         weights = weight_rows(self.memory.layers)
-        pairs = [(key, j) for key, js in self.helping.items() for j in js]
-        moved = [weights[key] @ self.helped[key, j] - self.products[key][j] for key, j in pairs]
+        moved = [weights[key] @ B - self.before[key][j] for (key, j), B in self.helped.items()]
         return self.options.cuber_lambda * sum(part.norm() for part in moved)
 
     def after_task(self, t: int, task: Task) -> None:
         super().after_task(t, task)
-        self.helping = {}
-        n = None if self.options.n_samples == "all" else self.options.n_samples
+        self.helping, self.before = {}, {}
         with self.testing(t):
-            self.gradients = [*self.gradients[:t], layer_gradients(self, t, task.train, n)]
+            self.gradients = [*self.gradients[:t], layer_gradients(self, t, task.train, self.options.n_samples)]
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        super().load_state_dict(saved)
+        self.close()

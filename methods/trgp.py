@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from engine.options import Options, flag
 from engine.task import Task
 from methods.gpm import Forward
-from methods.parts.regions import layer_gradients, strongest_directions, weight_rows
+from methods.parts.regions import layer_gradients, strongest_directions
 from methods.parts.side_paths import SidePath, SidePathGPM
 
 MOST_REGIONS = 2  # of a layer and task
@@ -43,13 +43,12 @@ class TRGP(SidePathGPM):
         "five_datasets": {"region_images": 500},
         "miniimagenet": {"region_images": 500, "threshold": (0.985,)},
     }
-    state = ("memory", "regions", "shifts", "products")
+    state = ("memory", "regions", "shifts")
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
         self.regions: list[dict[str, Tensor]] = []  # by task and key, the columns of M that are B
         self.shifts: list[dict[str, dict[int, nn.Parameter]]] = []  # by task, key and region j, Q_j - I
-        self.products: dict[str, dict[int, Tensor]] = {}  # while a task is learned, by key and j, W B_j
 
     def span(self, key: str, j: int) -> Tensor:
         """B_j (d, k_j) of a layer, in its weights' dtype."""
@@ -68,8 +67,6 @@ class TRGP(SidePathGPM):
             key: {j: nn.Parameter(gradients[key].new_zeros(2 * [len(self.regions[j][key])])) for j in js}
             for key, js in near.items()
         }
-        weights = weight_rows(self.memory.layers)
-        self.products = {key: {j: weights[key] @ self.span(key, j) for j in js} for key, js in near.items()}
 
     def nearest(self, t: int, key: str, gradient: Tensor) -> list[int]:
         """The tasks before t whose regions hold most of a gradient (o, d), if that is much."""
@@ -77,16 +74,9 @@ class TRGP(SidePathGPM):
         near = [j for j in held if held[j] > self.options.region_threshold * gradient.norm().item()]
         return sorted(near, key=held.get, reverse=True)[:MOST_REGIONS]
 
-    @torch.no_grad()
     def side_paths(self, t: int) -> dict[str, list[SidePath]]:
-        """What the weights of task t are beside W, by key."""
-        weights, paths = weight_rows(self.memory.layers), {}
-        for key, shifts in self.shifts[t].items():
-            known, paths[key] = self.products.get(key, {}), []
-            for j, shift in shifts.items():
-                B = self.span(key, j)
-                paths[key].append(SidePath(B, shift, product=known[j] if j in known else weights[key] @ B))
-        return paths
+        shifts = self.shifts[t].items()
+        return {key: [SidePath(self.span(key, j), shift) for j, shift in parts.items()] for key, parts in shifts}
 
     def remember(self, t: int, forward: Forward, images: Iterable[Tensor], samples: dict[str, int]) -> None:
         gathered, epsilon = self.memory.gather(forward, images, samples), self.epsilon(t)
@@ -97,4 +87,4 @@ class TRGP(SidePathGPM):
                 found = strongest_directions(self.memory.bases[key], gathered[key], epsilon[layer.name], rule)
                 bases[key], region[key] = found
         self.memory.replace(bases)
-        self.regions, self.products = [*self.regions[:t], region], {}
+        self.regions = [*self.regions[:t], region]

@@ -15,13 +15,18 @@ from gradproj.representation import Representation
 from gradproj.subspace import RankRule, count_directions, extend_basis
 
 
-def layer_gradients(method: Method, t: int, train: Split, n: int) -> dict[str, Tensor]:
-    """∂L/∂[W, b] (o, d) of a method's protected layers, by key, of the mean loss of n random images in eval mode."""
+def some_of(method: Method, t: int, train: Split, n: int) -> Split:
+    """n random images of task t with their labels."""
     order = torch.randperm(len(train.labels), generator=generator(method.options.seed, "regions", t))
     chosen = order[:n].to(train.labels.device)
+    return Split(train.images[chosen], train.labels[chosen])
+
+
+def layer_gradients(method: Method, t: int, train: Split, n: int) -> dict[str, Tensor]:
+    """∂L/∂[W, b] (o, d) of a method's protected layers, by key, of the mean loss of n random images in eval mode."""
     method.model.eval()
     method.model.zero_grad()
-    method.loss(train.images[chosen], train.labels[chosen], t).backward()
+    method.loss(*some_of(method, t, train, n), t).backward()
     found = gradient_rows(method.memory.layers)
     method.model.zero_grad()
     return found
@@ -61,6 +66,7 @@ def strongest_directions(
     k = basis.shape[1]
     everything = extend_basis(basis, inputs, 1.0)
     energies = inputs.energies(everything)
+    energies = energies * (energies > len(basis) * torch.finfo(torch.float32).eps ** 2 * energies.sum())  # no rounding
     order = energies.argsort(descending=True)
     taken = order[: count_directions(energies[order], 0.0, threshold, rank_rule)]
     old, r = taken[taken < k].sort().values, int((taken >= k).sum())  # new ones come by decreasing energy

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from engine import state
 from engine.options import Options
@@ -26,40 +27,17 @@ class SidePath(NamedTuple):
     Attributes:
         basis: B (d, k), orthonormal columns, in the weights' dtype.
         shift: Q - I (k, k).
-        product: W B (o, k) where W's learning leaves it as it is; else None, and it is made anew at each step.
-        open: P B (d, k), where W's gradient has its part through this path projected by P, at the price of a thin
-            product; None where it has all of it.
     """
 
     basis: Tensor
     shift: Tensor
-    product: Tensor | None = None
-    open: Tensor | None = None
-
-    def weights(self, rows: Tensor) -> Tensor:
-        """W B (Q - I) Bᵀ (o, d), from the rows W (o, d)."""
-        product = self.times_basis(rows) if self.product is None else self.product
-        return product @ self.shift @ self.basis.T
-
-    def times_basis(self, rows: Tensor) -> Tensor:
-        """W B (o, k), whose gradient reaches W as `open` says."""
-        if self.open is None:
-            return rows @ self.basis
-        return rows.detach() @ (self.basis - self.open) + rows @ self.open
-
-    def outputs(self, inputs: Tensor, rows: Tensor) -> Tensor:
-        """What the path adds to a layer's outputs (n, o) on few inputs (n, d): thin products only."""
-        inside = inputs @ self.basis @ self.shift.T  # (n, k)
-        if self.product is not None:
-            return inside @ self.product.T
-        if self.open is None:
-            return (inside @ self.basis.T) @ rows.T
-        return (inside @ (self.basis - self.open).T) @ rows.detach().T + (inside @ self.open.T) @ rows.T
 
 
 @contextmanager
 def side_paths(layers: Mapping[str, Layer], paths: Mapping[str, Sequence[SidePath]]) -> Iterator[None]:
     """Within this context layers compute with W̃, the sum of W and the terms of their side paths.
+
+    A protection entered in it projects all that W gets, through the side paths too.
 
     Args:
         layers: by name.
@@ -70,71 +48,67 @@ def side_paths(layers: Mapping[str, Layer], paths: Mapping[str, Sequence[SidePat
             groups = [paths.get(key, ()) for key in layer.keys]
             if not any(groups):
                 continue
-            if isinstance(layer, LinearLayer):
-                hook = partial(add_outputs, layer, groups[0])
-                stack.enter_context(layer.module.register_forward_hook(hook, with_kwargs=True))
+            module = layer.module
+            if type(module).forward is nn.Linear.forward and layer.trained == (True, False):
+                before, after = partial(change_inputs, groups[0]), partial(add_outputs, groups[0])
+                stack.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+                stack.enter_context(module.register_forward_hook(after, with_kwargs=True))
             else:
                 stack.enter_context(forward_on_changed_weights(layer, groups))
         yield
 
 
-def add_outputs(
-    layer: Layer,
-    paths: Sequence[SidePath],
-    _module: nn.Module,
-    args: tuple[Tensor, ...],
-    kwargs: dict[str, Any],
-    output: Tensor,
-) -> Tensor:
-    """The output of a Linear and of its side paths: thin products of few inputs are cheaper than new weights."""
-    inputs = args[0] if args else kwargs["input"]
-    with torch._C.DisableTorchFunction():  # a protected weight is meant to be used here too: no reason to warn
-        rows = layer.rows(*layer.parameters)  # [W, b]
-        columns = layer.columns(inputs)[0].T.to(rows.dtype)  # (n, d)
-        change = sum(path.outputs(columns, rows) for path in paths)  # (n, o)
-        return output + change.view_as(output).to(output.dtype)
+def inside(inputs: Tensor, paths: Sequence[SidePath]) -> Tensor:
+    """What W̃ x = W (x + Σ B (Q - I) Bᵀ x) adds to inputs (…, d)."""
+    parts = [inputs @ path.basis @ path.shift.T @ path.basis.T for path in paths]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def change_inputs(paths: Sequence[SidePath], _module: nn.Module, args: Any, kwargs: Any) -> Any:
+    (inputs,) = (*args, *kwargs.values())
+    return ((inputs + inside(inputs, paths) if torch.is_grad_enabled() else inputs),), {}
+
+
+def add_outputs(paths: Sequence[SidePath], module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    """Without gradients a memory may look at what W is applied to, which are the inputs as they are."""
+    if torch.is_grad_enabled():
+        return output
+    with torch._C.DisableTorchFunction():
+        return output + F.linear(inside(*args, *kwargs.values(), paths), module.weight)
 
 
 @contextmanager
 def forward_on_changed_weights(layer: Layer, groups: Sequence[Sequence[SidePath]]) -> Iterator[None]:
-    """Within this context a layer's forward runs on W̃, so that its inputs, of many positions, are gone through once.
-
-    A protection entered in it finds W in its place, and projects what W̃ hands on to it; side paths use W itself.
-    """
-    module, parameters = layer.module, layer.parameters
-    replaced, forward = vars(module).get("forward"), module.forward
+    """Within this context a layer's forward runs on W̃, made of what stands in W's place."""
+    replaced, forward = vars(layer.module).get("forward"), layer.module.forward
 
     def terms() -> tuple[Tensor | None, Tensor | None]:
-        parts = layer.rows(*parameters).chunk(layer.groups)
-        rows = [
-            sum((path.weights(part) for path in paths), torch.zeros_like(part))
-            for part, paths in zip(parts, groups, strict=True)
-        ]
-        return layer.from_rows(torch.cat(rows))
+        parts = layer.rows(*layer.parameters).chunk(layer.groups)
+        pairs = zip(parts, groups, strict=True)
+        sums = [sum((W @ B @ D @ B.T for B, D in paths), torch.zeros_like(W)) for W, paths in pairs]
+        return layer.from_rows(torch.cat(sums))
 
-    def changed_forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+    def changed_forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():  # a memory that gathers the layer's inputs looks where W itself is applied
-            output = forward(*args, **kwargs)
-            with torch._C.DisableTorchFunction():
-                return output + layer.apply(*args, *kwargs.values(), *terms())
-        before = {(owner, name): owner._parameters.get(name) for owner, name in layer.owners}
-        with torch._C.DisableTorchFunction():  # as above
-            for ((owner, name), current), term in zip(before.items(), terms(), strict=True):
-                owner._parameters[name] = current if term is None else current + term
+            forward(*args, **kwargs)
+        before = [(owner, name, owner._parameters.get(name)) for owner, name in layer.owners]
+        with torch._C.DisableTorchFunction():  # a protected weight is meant to be used here: no reason to warn
+            for (owner, name, current), term in zip(before, terms(), strict=True):
+                owner._parameters[name] = current if term is None else current + term  # in the layout of W
         try:
             return forward(*args, **kwargs)
         finally:
-            for (owner, name), current in before.items():
+            for owner, name, current in before:
                 owner._parameters[name] = current
 
-    module.forward = changed_forward
+    layer.module.forward = changed_forward
     try:
         yield
     finally:
         if replaced is None:
-            del module.forward
+            del layer.module.forward
         else:
-            module.forward = replaced
+            layer.module.forward = replaced
 
 
 class SidePathGPM(GPM):

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 from engine import load_run, testing
+from gradproj.normalization import training_statistics
 from methods import METHODS
 from tests import tiny
 from tests.tiny import run
-from tests.tiny_nets import Residual, SingleHead, pictures
+from tests.tiny_nets import Residual, SingleHead, picture_task, pictures
 
 pytestmark = pytest.mark.usefixtures("quick")
 MANY = [name for name, method in METHODS.items() if method.heads != "one"]
@@ -53,6 +55,21 @@ def test_with_task_statistics(tmp_path):
     summary = run(options, tiny.benchmark(), tiny.Network())
     loaded = load_run(summary["folder"], tiny.Network())
     assert summary["class_incremental"][-1] == pytest.approx(among_all(loaded, tiny.benchmark(), 64))
+
+
+def test_task_statistics_are_of_the_network_as_it_is_tested(tmp_path):
+    options = tiny.options(tmp_path, method="trgp", region_threshold=0.0, batchnorm="task")
+    summary = run(options, pictures(), Residual())
+    loaded = load_run(summary["folder"], Residual())
+    images = picture_task(2).train.images
+
+    def statistics():
+        return training_statistics(loaded.model, lambda batch: loaded.model(batch, 2), [images])
+
+    with loaded.method.testing(2):
+        assert_close(loaded.statistics[2], statistics())
+    with pytest.raises(AssertionError, match="close"):
+        assert_close(loaded.statistics[2], statistics())
 
 
 def test_one_head_for_all_has_none(tmp_path):

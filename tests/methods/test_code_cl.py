@@ -92,8 +92,8 @@ class TestCODECL(MethodCase):
             learner = self.make(kind, code_overlap=overlap, code_directions=n)
             for t in range(3):
                 train(learner, t, kind.task(t))
-            scaled.append(sum(map(len, learner.directions)))
-            assert all(shift.abs().max() > 1e-4 for shifts in learner.shifts for shift in shifts.values())
+            scaled.append(sum(map(len, learner.shifts)))
+            assert all(shift.abs().max() > 1e-4 for shifts in learner.shifts for _, shift in shifts.values())
         assert scaled[0] > scaled[1] > scaled[2] == scaled[3] == 0
 
 

@@ -4,10 +4,14 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from gradproj.layers import find_layers
+from gradproj.layers.uses import Uses
+from gradproj.projection import layer_projector
+from gradproj.protection import projecting
 from methods.parts.scaled import Scaled, calls_of_few_rows, scaled_projector
 from methods.parts.side_paths import SidePath, side_paths
 
@@ -65,31 +69,57 @@ def test_side_paths_are_dense_weights_whose_gradients_are_projected(module, shap
     (layer,) = find_layers(nn.Sequential(module)).values()
     parameters = [p for p in layer.parameters if p is not None]
     d, k = layer.input_size, 2
-    P = torch.eye(d).double() - 0.3 / d  # any symmetric matrix
     leaves = [part.detach().requires_grad_() for part in layer.rows(*layer.parameters).chunk(layer.groups)]
-    paths, shifts, dense, free = {}, [], [], []
+    paths, shifts, dense, bases = {}, [], [], {}
     for key, W in zip(layer.keys, leaves, strict=True):
-        B, C, F = (torch.linalg.qr(torch.randn(d, k).double()).Q for _ in range(3))
-        D, E, H = (nn.Parameter(torch.randn(k, k).double()) for _ in range(3))
-        paths[key] = [SidePath(B, D, W.detach() @ B), SidePath(C, E, open=P @ C), SidePath(F, H)]
-        V = W.detach().requires_grad_()  # what the third path leaves as it is
-        dense.append(W.detach() + W.detach() @ B @ D @ B.T + W @ C @ E @ C.T + V @ F @ H @ F.T)
-        shifts += [D, E, H]
-        free.append(V)
+        B, C, bases[key] = (torch.linalg.qr(torch.randn(d, k).double()).Q for _ in range(3))
+        D, E = (nn.Parameter(torch.randn(k, k).double()) for _ in range(2))
+        paths[key] = [SidePath(B, D), SidePath(C, E)]
+        dense.append(W + W @ B @ D @ B.T + W @ C @ E @ C.T)
+        shifts += [D, E]
     x = torch.randn(shape).double().requires_grad_()
     expected = layer.apply(x, *layer.from_rows(torch.cat(dense)))
     loss = lambda output: (output * torch.linspace(-1, 1, output.numel()).view_as(output).double()).sum()  # noqa: E731
-    wanted = torch.autograd.grad(loss(expected), [x, *shifts, *leaves, *free])
-    plain = torch.autograd.grad(loss(module(x)), parameters)  # what W itself gets, beside what comes through the paths
-    with side_paths({"": layer}, paths):
+    wanted = torch.autograd.grad(loss(expected), [x, *shifts, *leaves])
+    with side_paths({"": layer}, paths), projecting({"": layer_projector(layer, bases)}):
         output = module(input=x) if by_keyword else module(x)
-    found = torch.autograd.grad(loss(output), [x, *shifts, *parameters])
+        found = torch.autograd.grad(loss(output), [x, *shifts, *parameters])
     assert_close(output, expected)
     assert_close(found[: -len(parameters)], wanted[: 1 + len(shifts)])
-    through = [a - b for a, b in zip(found[-len(parameters) :], plain, strict=True)]
-    gradients = zip(wanted[-2 * len(leaves) : -len(leaves)], wanted[-len(leaves) :], strict=True)
-    assert_close(layer.rows(*through, *[None] * (module.bias is None)), torch.cat([G @ P + H for G, H in gradients]))
+    projected = [G - G @ M @ M.T for G, M in zip(wanted[-len(leaves) :], bases.values(), strict=True)]
+    gradients = [*found[-len(parameters) :], *[None] * (module.bias is None)]
+    assert_close(layer.rows(*gradients), torch.cat(projected))
     assert_close(module(x), layer.apply(x, *layer.parameters))
+    seen = []
+    with side_paths({"": layer}, paths), Uses([layer], lambda *call: seen.append(call[2]["input"])), torch.no_grad():
+        assert_close(module(input=x) if by_keyword else module(x), expected)
+    assert len(seen) == 1, "a memory that looks for what W is applied to finds it once"
+    assert_close(layer.columns(seen[0]), layer.columns(x))
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(2 * x, self.weight)
+
+
+class Padding(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"), [(Doubling(4, 3, bias=False), (5, 4)), (Padding(2, 3, 3, bias=False), (2, 2, 4, 4))]
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_side_paths_of_layers_with_a_forward_of_their_own(module, shape, grad):
+    (layer,) = find_layers(nn.Sequential(module)).values()
+    B, D = torch.linalg.qr(torch.randn(layer.input_size, 2)).Q, torch.randn(2, 2)
+    x = torch.randn(shape)
+    with torch.set_grad_enabled(grad), side_paths({"": layer}, {"0": [SidePath(B, D)]}):
+        output = module(x)
+    rows = layer.rows(*layer.parameters)
+    module.weight.data = layer.weight_from_rows(rows + rows @ B @ D @ B.T).data
+    assert_close(output, module(x))
 
 
 def test_side_paths_leave_a_forward_as_it_was():

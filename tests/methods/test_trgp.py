@@ -151,6 +151,12 @@ def test_trust_regions_are_the_nearest_two():
     assert trgp.nearest(2, "fc1", 0 * G) == []
 
 
+def test_trust_regions_have_no_directions_of_rounding():
+    M = torch.linalg.qr(torch.randn(9, 6, generator=torch.Generator().manual_seed(0)).double()).Q
+    R = M[:, 1:3] @ torch.randn(2, 5, generator=torch.Generator().manual_seed(1)).double()
+    assert strongest_directions(M, Representation(9).add(R), 1.0, "paper")[1].tolist() == [1, 2]
+
+
 def test_trust_regions_are_columns_of_the_memory():
     generator = torch.Generator().manual_seed(0)
     M = torch.linalg.qr(torch.randn(6, 2, dtype=torch.float64, generator=generator)).Q
