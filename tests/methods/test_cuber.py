@@ -126,3 +126,34 @@ def test_gradients_that_agree():
     cuber.options.cuber_agreement = 0.0
     assert cuber.agreeing("fc1", G, [0, 1, 2, 3, 4]) == [0, 3, 4]
     assert cuber.agreeing("fc1", G, [3]) == [3]
+
+
+def test_cuber_goes_back_to_whom_it_helped():
+    cuber = method(SingleHead(), "cuber", region_threshold=0.0, cuber_agreement=-1.0)
+    train(cuber, 0, KINDS["one"].task(0))
+    task = KINDS["one"].task(1)
+    cuber.before_task(1, task)
+    with cuber.learning(1, task):
+        saved, helped = cuber.state_dict(), list(cuber.helped)
+        cuber.helping = {key: [] for key in cuber.helping}
+        cuber.close()
+        cuber.load_state_dict(saved)
+        assert list(cuber.helped) == helped != []
+
+
+def test_a_layer_that_gets_no_gradient_helps_nobody():
+    class Skipping(SingleHead):
+        def forward(self, images, task=0):
+            return super().forward(images, task) if task == 0 else self.fc2(images[:, :7])
+
+    cuber = method(Skipping(), "cuber", region_threshold=0.0, cuber_agreement=-1.0, n_samples=5)
+    train(cuber, 0, KINDS["one"].task(0))
+    task = KINDS["one"].task(1)
+    cuber.shifts, cuber.helping = [*cuber.shifts, {"fc1": {}}], {"fc1": [0]}
+    cuber.before = {"fc1": {0: cuber.model.fc1.weight.detach() @ cuber.span("fc1", 0)}}
+    before = cuber.model.fc1.weight.clone()
+    with cuber.learning(1, task):
+        cuber.backward(*task.train, 1)
+    assert cuber.helping == {"fc1": []}
+    assert cuber.model.fc1.weight.grad is None
+    assert_close(cuber.model.fc1.weight, before)
