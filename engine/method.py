@@ -134,7 +134,12 @@ class Method:
         return {name: state.saved(getattr(self, name)) for name in self.state}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Go on from a saved state; raises InputError where it is that of another version of the method."""
+        if missing := [name for name in self.state if name not in saved]:
+            raise InputError(
+                f"the saved state has no {', '.join(missing)} of {self.name}: another version of it wrote that; go on with "
+                "that version, or begin anew in another folder"
+            )
         device = next(self.model.parameters()).device
         for name in self.state:
             setattr(self, name, state.restored(getattr(self, name, None), saved[name], device))

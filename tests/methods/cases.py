@@ -250,6 +250,13 @@ class MethodCase:
             assert_close(through_a_file(other.state_dict()), through_a_file(fast.state_dict()), atol=0, rtol=0)
             assert other.memory_floats() == fast.memory_floats()
 
+    def test_the_state_of_another_version_is_refused(self, kind: Kind) -> None:
+        learner = self.make(kind)
+        for name in learner.state:
+            saved = {other: value for other, value in learner.state_dict().items() if other != name}
+            with pytest.raises(InputError, match=f"^the saved state has no {name} of {self.name}: another version"):
+                learner.load_state_dict(saved)
+
     def test_networks_that_it_is_not_for(self) -> None:
         """Are refused in one line."""
         for name, kind in KINDS.items():
