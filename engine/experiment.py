@@ -109,6 +109,8 @@ class Run:
         self.epochs: list[dict[str, Any]] = []
         self.seconds = {"train": 0.0, "memory": 0.0, "evaluate": 0.0}
         self.threads = torch.get_num_threads()  # numbers depend on it in their last bits
+        # What the run is made by: more than one where it is continued by other code or elsewhere.
+        self.commits, self.devices = [hardware.commit()], [hardware.describe(self.device)]
         self.saved_at = time.monotonic()
         self.news: list[str] = []  # where it goes on from
 
@@ -237,7 +239,7 @@ class Run:
         }
 
     kept = ("position", "accuracy", "columns", "statistics", "first", "interference", "epochs", "seconds", "threads")
-    kept += ("network", "initial")
+    kept += ("network", "initial", "commits", "devices")
 
     def save(self) -> None:
         """Write the checkpoint and the epochs so far."""
@@ -290,8 +292,14 @@ class Run:
         if state["task_progress"] is not None:
             self.task_progress = TaskProgress.from_state_dict(state["task_progress"])
         since = {"threads": self.threads, "interference": None, "network": self.network, "initial": {}}
+        since |= {"commits": [], "devices": []}
+        commits, devices = self.commits, self.devices
         for name in self.kept:
             setattr(self, name, state.get(name, since[name]) if name in since else state[name])
+        self.commits, self.devices = (
+            list(dict.fromkeys(self.commits + commits)),
+            list(dict.fromkeys(self.devices + devices)),
+        )
         unmeasured = [[None] * self.options.n_tasks] * self.position
         self.accuracy = {part: self.accuracy.get(part, unmeasured) for part in ("valid", "test", "class_incremental")}
 
@@ -305,9 +313,9 @@ class Run:
             "network": self.network,
             "data": {"kind": self.benchmark.data, "sources": self.benchmark.sources, "notes": self.benchmark.notes},
             "tasks": self.tasks.known,
-            "device": hardware.describe(self.device),
+            "device": "; ".join(self.devices),
             "versions": hardware.versions(),
-            "commit": hardware.commit(),
+            "commit": ", ".join(filter(None, self.commits)) or None,
         }
 
     def finish(self) -> dict[str, Any]:

@@ -137,8 +137,8 @@ class Method:
         """Go on from a saved state; raises InputError where it is that of another version of the method."""
         if missing := [name for name in self.state if name not in saved]:
             raise InputError(
-                f"the saved state has no {', '.join(missing)} of {self.name}: another version of it wrote that; go on with "
-                "that version, or begin anew in another folder"
+                f"the saved state has no {', '.join(missing)} of {self.name}: another version of it wrote that; go on "
+                "with that version, or begin anew in another folder"
             )
         device = next(self.model.parameters()).device
         for name in self.state:

@@ -147,6 +147,20 @@ def test_continues_after_a_failure_to_the_same_numbers(tmp_path, method, mode, c
         assert continued.n_training_batches < whole.n_training_batches
 
 
+def test_whoever_made_a_run_is_named(tmp_path, monkeypatch):
+    commit, device = ["a"], ["x, 1 thread(s)"]
+    monkeypatch.setattr("engine.hardware.commit", lambda: commit[0])
+    monkeypatch.setattr("engine.hardware.describe", lambda _: device[0])
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tiny.options(tmp_path), tiny.benchmark(), Failing("training", 20))
+    commit[0], device[0] = "b", "y, 2 thread(s)"
+    model = Failing()
+    # Somebody commits while the run goes on by the code that it has loaded.
+    model.register_forward_hook(lambda *_: commit.__setitem__(0, "c"))
+    summary = run(tiny.options(tmp_path), tiny.benchmark(), model)
+    assert (summary["commit"], summary["device"]) == ("a, b", "x, 1 thread(s); y, 2 thread(s)")
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     expected = run(tiny.options(tmp_path / "whole"), tiny.benchmark(), tiny.Network())
     with pytest.raises(RuntimeError, match="power cut"):
