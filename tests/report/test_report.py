@@ -431,6 +431,19 @@ def test_the_search_over_hyperparameters_is_what_the_results_say(page):
         assert (valid, test, transfer) == tuple(map(format, found, (".2f", ".2f", "+.2f"))), path
 
 
+def test_what_bfloat16_costs_is_what_the_results_say():
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (\d) \| (\S+) / (\S+) \| (\S+) / (\S+) \| ([-+]\S+) \|$", page, flags=re.MULTILINE)
+    assert len(rows) == 4
+    for n_epochs, seed, *said in rows:
+        found = []
+        for folder, variant in (("real", ""), ("search/real", ",amp=bf16")):
+            path = ROOT / f"results/{folder}/cifar100/gpm/n_epochs={n_epochs}{variant}/seed-{seed}.json"
+            summary = json.loads(path.read_text())
+            found += [summary["average_accuracy"], summary["backward_transfer"]]
+        assert said == [*map(format, [*found, found[2] - found[0]], (".2f", "+.2f", ".2f", "+.2f", "+.2f"))]
+
+
 @pytest.mark.parametrize(
     ("verified", "note"),
     [
