@@ -230,13 +230,16 @@ def image_folder(folder: str | Path, transform: Any) -> tuple[Dataset, Dataset |
 def read_groups(path: str | Path) -> list[list[str]]:
     """The classes of each task, from a text file with a line for each task: names with commas, or spaces, between them.
 
+    Lines that begin with # are comments.
+
     Raises:
         InputError: the file cannot be read or names no class.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path} ({error}); it must have a line of class names for each task") from error
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     groups = [[name.strip() for name in (line.split(",") if "," in line else line.split())] for line in lines]
     groups = [[name for name in group if name] for group in groups if any(group)]
     if not groups:

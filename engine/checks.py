@@ -155,7 +155,7 @@ def _check_single_images(model: nn.Module, task: Task, t: int, options: Options)
         try:
             model(task.train.images[:1], t)
         except ValueError as error:  # BatchNorm's
-            why = f"{type(model).__name__} cannot take an image alone ({error})"
+            why = f"the network cannot take an image alone ({error})"
             raise InputError(f"{'; '.join(alone)}; it must be 2 or more, since {why}") from error
 
 

@@ -69,6 +69,9 @@ def parse(
         if flag not in names:
             parser.error(f"--{flag} is a flag of {', '.join(readers(flag, options, methods))}; this run's is {name}")
     values = {field.name: _in_kind(field, given) for field in dataclasses.fields(kind) if field.name in given}
+    if name != (of := saved.get("method", name)):  # what was that method's own default says nothing of this one
+        usual = defaults(options, methods[of], saved.get("protocol"))
+        saved = {field: value for field, value in saved.items() if value != usual.get(field, dataclasses.MISSING)}
     kept = {field: value for field, value in saved.items() if field in names}
     protocol = given.get("protocol", saved.get("protocol"))
     made = kind(**defaults(options, method, protocol) | kept | values | {"method": name})
@@ -157,7 +160,7 @@ def _shown_default(field: dataclasses.Field, options: type[Options], methods: Me
     usual = text(default_of(field))
     if field.name == "method" or not found:
         return usual
-    if field.name not in {f.name for f in dataclasses.fields(options)}:
+    if len(set(found.values())) == 1 and field.name not in {f.name for f in dataclasses.fields(options)}:
         usual = next(iter(found.values()))
     others = [f"{name} {value}" for name, value in found.items() if value not in ("", usual)]
     others += [f"{name} {text(own[field.name])}" for name, own in options.by_protocol.items() if field.name in own]

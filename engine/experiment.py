@@ -193,7 +193,7 @@ class Run:
             if self.options.keep == "each" and self.position < n_tasks:  # the last is in the checkpoint
                 keep_weights(self.folder, t, self.method.weights())
             self.save()
-        self.progress.task(t, task.name, self.accuracy["test"], memory)
+        self.progress.task(t, task.name, self.accuracy["test"], memory, self.method.learns_when_full)
 
     def measure_interference(self) -> dict[str, dict[str, Any]]:
         """How far the first task's layer outputs have moved; empty where one network does not serve all tasks."""
@@ -278,7 +278,10 @@ class Run:
             ) from error
         if not self.news:
             epoch = f", after epoch {self.task_progress.epoch}" if self.task_progress else ""
-            self.news = [f"continued from its checkpoint at task {self.position + 1}/{self.options.n_tasks}{epoch}"]
+            n_tasks = self.options.n_tasks
+            self.news = [f"continued from its checkpoint at task {self.position + 1}/{n_tasks}{epoch}"]
+            if self.position == n_tasks:
+                self.news = ["all tasks are learned; the summary is made from the checkpoint"]
         if self.initial not in ({}, wanted["initial"]):
             self.news.append(
                 "note: the network given begins with other weights than this run's, which goes on from its own"

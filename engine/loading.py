@@ -33,6 +33,7 @@ class LoadedRun:
         config: the content of config.json.
         summary: the content of summary.json; None while the run is unfinished.
         statistics: with `--batchnorm task`, by task what BatchNorm normalises by at test; else empty.
+        n_learned: tasks that it had learned at its end or last checkpoint.
     """
 
     model: nn.Module
@@ -41,12 +42,18 @@ class LoadedRun:
     config: dict[str, Any]
     summary: dict[str, Any] | None
     statistics: list[Statistics]
+    n_learned: int
 
     def network(self, t: int) -> AbstractContextManager[nn.Module]:
         """The model as the run tested it on task t: `with run.network(t) as model: logits = model(images, t)`.
 
         With `--batchnorm task`, and for methods that test with more than the model, it is another one for each task.
+
+        Raises:
+            InputError: the run has not learned task t.
         """
+        if not 0 <= t < self.n_learned:
+            raise InputError(f"task {t} is not one of the {self.n_learned} that this run has learned, from 0")
         return network_for(t, self.method, self.statistics)
 
 
@@ -98,7 +105,8 @@ def load_run(
     except (InputError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the weights in {folder} are not of a {type(model).__name__} like this: {reason}") from error
-    return LoadedRun(model.eval(), made, made.memory, config, read_summary(folder), state["statistics"])
+    summary = read_summary(folder)
+    return LoadedRun(model.eval(), made, made.memory, config, summary, state["statistics"], state["position"])
 
 
 def describe(thing: type) -> str:

@@ -47,6 +47,7 @@ class Method:
         plain_step: a step is SGD on the cross-entropy with projected gradients and nothing else, so that it may be
             taken by hand-written code.
         graph_step: a step takes no decision on the host, so that it may be captured as a CUDA graph.
+        learns_when_full: layers go on learning where every direction of their memory is taken.
         task_identity: at test it uses which task an image is of beyond the choice of a head.
         one_network: the same weights are tested on all tasks, so that their interference can be measured.
         state: names of the attributes that a continued run needs: tensors, parameters, generators, plain values, a
@@ -69,6 +70,7 @@ class Method:
     knows_n_tasks: ClassVar[bool] = False
     plain_step: ClassVar[bool] = False
     graph_step: ClassVar[bool] = False
+    learns_when_full: ClassVar[bool] = False
     task_identity: ClassVar[bool] = False
     one_network: ClassVar[bool] = True
     state: ClassVar[tuple[str, ...]] = ()

@@ -275,7 +275,7 @@ def check(options: Options) -> None:
     for threshold in options.threshold:
         _require(
             0 < threshold + last <= 1 + 1e-12,
-            f"threshold {threshold} after {(options.n_tasks or 1) - 1} steps of {options.threshold_step}",
+            f"threshold {threshold} with {options.threshold_step} (threshold_step) more for each later task",
             round(threshold + last, 6),
             "in (0, 1]",
         )

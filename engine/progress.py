@@ -74,8 +74,22 @@ class Progress:
                 if getattr(epoch, name) is not None:
                     self.board.add_scalar(f"epoch/{name}", getattr(epoch, name), self.epochs_seen)
 
-    def task(self, t: int, name: str, accuracy: AccuracyMatrix, memory: GradientProjectionMemory | None) -> None:
-        """A task is learned: the accuracy matrix so far, and the memory's size."""
+    def task(
+        self,
+        t: int,
+        name: str,
+        accuracy: AccuracyMatrix,
+        memory: GradientProjectionMemory | None,
+        learns_when_full: bool = False,
+    ) -> None:
+        """A task is learned: the accuracy matrix so far, and the memory's size.
+
+        Args:
+            t, name: of the task.
+            accuracy: so far.
+            memory: the method's, if it has one.
+            learns_when_full: as the method says.
+        """
         self.epochs_seen = (t + 1) * self.n_epochs  # a plateau may have ended the task early
         self.bar.update(self.epochs_seen - self.bar.n)
         self.say(f"task {t + 1}/{self.n_tasks} ({name}) learned; test accuracy, percent (row after task, column task):")
@@ -89,8 +103,11 @@ class Progress:
             shares = {key: 100 * k / sizes[key] for key, k in columns.items()}
             parts = [f"{key} {k}/{sizes[key]} ({shares[key]:.0f} %)" for key, k in columns.items()]
             self.say("memory, columns of the most possible: " + ", ".join(parts))
-            if memory.full_layers:
-                self.say(f"memory is full, so these layers can no longer learn: {', '.join(memory.full_layers)}")
+            if full := ", ".join(memory.full_layers):
+                end = (
+                    "all directions are held to some degree" if learns_when_full else "these layers can no longer learn"
+                )
+                self.say(f"memory is full, so {end}: {full}")
         if self.board:
             for j, value in enumerate(accuracy[t][: t + 1]):
                 if value is not None:

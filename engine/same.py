@@ -38,7 +38,13 @@ def check_same(folder: Path, found: State, wanted: State, tasks: RunTasks) -> No
         if there.get(name) != here.get(name)
     ]
     if different:
-        raise InputError(f"{folder} holds a run with other hyperparameters ({'; '.join(different)}); choose another")
+        grown = len(different) == 1 and (here.get("n_tasks") or 0) > (there.get("n_tasks") or 0)
+        way = (
+            "leave --run_folder out: a run with more tasks goes on from it in a folder of its own"
+            if grown
+            else "choose another"
+        )
+        raise InputError(f"{folder} holds a run with other hyperparameters ({'; '.join(different)}); {way}")
     if changed := changed_sets(found.get("sources", wanted["sources"]), wanted["sources"]):
         raise InputError(
             f"{folder} holds a run on other images of {', '.join(changed)} than are there now; give those back, "

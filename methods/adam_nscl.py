@@ -28,9 +28,9 @@ class AdamNSCL(GPM):
     Where Σ is singular, λ_min is rounding: it counts as no less than rounding makes eigenvalues of 0, d · 2⁻⁵² · tr Σ,
     so that the null space is then what no input uses.
 
-    The learning rate is the paper's, and so is a, 10 for ten tasks and 30 for twenty, but on permuted MNIST, where it was
-    found by search (docs/successors.md). The paper's networks and schedules are not GPM's, so no published number is
-    comparable.
+    The learning rate is the paper's, and so is a, 10 for ten tasks and 30 for twenty, but on permuted MNIST, where it
+    was found by search (docs/successors.md). The paper's networks and schedules are not GPM's, so no published number
+    is comparable.
 
     Stores Σ (d, d) of each layer.
     """

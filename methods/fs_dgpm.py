@@ -57,7 +57,7 @@ class FSDGPM(GPM, Replay):
         "pmnist": {"threshold": (0.99,), "threshold_step": 5e-4, "memory_images": 200, "fs_eta1": 0.05, "fs_order": 1},
         "cifar100_superclass": {"fs_eta1": 0.01},
     }
-    plain_step, embeddings = False, False
+    plain_step, embeddings, learns_when_full = False, False, True
     state = ("memory", "softness", *Replay.state)
 
     def __init__(self, model: nn.Module, options: Options) -> None:

@@ -35,7 +35,7 @@ class SGP(GPM):
         "sgp_alpha": flag(10.0, "α of the importances; the larger, the more is held as firmly as in GPM", minimum=0)
     }
     defaults = {"cifar100": {"lr": 0.05, "lr_min": 5e-5}, "cifar100_superclass": {"sgp_alpha": 3.0}}
-    embeddings = False
+    embeddings, learns_when_full = False, True
     state = ("memory", "importance")
 
     def __init__(self, model: nn.Module, options: Options) -> None:

@@ -118,7 +118,8 @@ class SidePathGPM(GPM):
         shifts: by task, the Q - I of its side paths, in dicts.
     """
 
-    plain_step, graph_step, task_identity, one_network, embeddings = False, True, True, False, False
+    plain_step, graph_step, task_identity, one_network = False, True, True, False
+    embeddings, learns_when_full = False, True
     shifts: list[dict[str, Any]]
 
     def __init__(self, model: nn.Module, options: Options) -> None:

@@ -17,6 +17,7 @@ from report.plots.style import Looks, look, shades
 from report.plots.style import save as save_figure
 from report.published import BENCHMARKS
 from report.rows import Row, estimate, runs_in_words, summarise, without
+from report.tables import IDENTITY
 
 Save = Callable[[Figure, str], None]
 
@@ -61,7 +62,7 @@ def draw_comparison(rows: Sequence[Row], save: Save) -> None:
     """Methods beside each other on one benchmark, data and variant; matrix and memory of each."""
     # Rows that differ in their notes alone would hide each other: the one with the most runs stands for all.
     best = {row.title: row for row in sorted(rows, key=lambda row: len(row.runs))}
-    shown = {row.title: row for row in rows if best[row.title] is row}
+    shown = {row.title + IDENTITY * row.task_identity: row for row in rows if best[row.title] is row}
     looks = {name: look(row.place, i) for i, (name, row) in enumerate(shown.items())}
     kind = rows[0].variant
     title = _title(rows[0], kind)
@@ -142,7 +143,9 @@ def _seeds(shown: dict[str, Row]) -> str:
     counts = [f"{name} {len(row.runs)}" for name, row in shown.items()]
     runs = words.pop() if len(words) == 1 else f"runs ({', '.join(counts)})"
     several = any(len(row.runs) > 1 for row in shown.values())
-    return f"mean ± one standard deviation over {runs}" if several else runs
+    told = any(row.task_identity for row in shown.values())
+    mark = f"; {IDENTITY.strip()} is told which task an image is of" if told else ""
+    return (f"mean ± one standard deviation over {runs}" if several else runs) + mark
 
 
 def _grouped(rows: Sequence[Row], key: Callable[[Row], tuple]) -> list[list[Row]]:

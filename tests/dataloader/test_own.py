@@ -200,7 +200,7 @@ def test_an_image_that_is_none(pictures):
 
 def test_groups_of_a_file(tmp_path):
     path = tmp_path / "tasks.txt"
-    path.write_bytes("\ufeffcat, golden retriever\r\n\r\nα β\n".encode())
+    path.write_bytes("\ufeff# tasks.txt\r\ncat, golden retriever\r\n\r\n # more\nα β\n".encode())
     assert own.read_groups(path) == [["cat", "golden retriever"], ["α", "β"]]
     for content, message in (
         (b"\n , \n", "names no class"),

@@ -220,7 +220,10 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     ("changes", "message"),
     [
         ({"threshold": (0.9, 0.9, 0.9)}, "threshold has 3 values; give one, or one for each of the 2 layers: fc1, fc2"),
-        ({"threshold": (0.99,), "threshold_step": 0.01}, r"threshold 0.99 after 2 steps of 0.01 is 1.01"),
+        (
+            {"threshold": (0.99,), "threshold_step": 0.01},
+            r"threshold 0.99 with 0.01 \(threshold_step\) more for each later task is 1.01",
+        ),
         ({"samples": {"fc9": 5}}, "samples names 'fc9', which is no layer; the layers are: fc1, fc2"),
         ({"samples": {"fc1": 50}}, r"samples fc1 is 50; it must be in \[1, n_samples = 10\]"),
         ({"device": "tpu"}, "device 'tpu' is not available here; use one of: auto, cpu"),

@@ -185,3 +185,5 @@ class TestLeak:
     def test_full_layers_are_announced(self, tmp_path, capsys):
         small_run(tmp_path, threshold=(1.0,), quiet=False)
         assert "memory is full, so these layers can no longer learn: fc1, fc2" in capsys.readouterr().out
+        small_run(tmp_path / "soft", threshold=(1.0,), quiet=False, method="sgp")
+        assert "memory is full, so all directions are held to some degree: fc1, fc2" in capsys.readouterr().out

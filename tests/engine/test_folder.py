@@ -227,9 +227,26 @@ class TestLoadRun:
         with pytest.raises(InputError, match="has no checkpoint that can be read"):
             load_run(tmp_path)
 
+    def test_network_of_a_task_that_was_not_learned(self, tmp_path):
+        small_run(tmp_path)
+        loaded = load_run(tmp_path)
+        for t in (-1, loaded.n_learned):
+            with pytest.raises(InputError, match=f"^task {t} is not one of the {loaded.n_learned} that this run has"):
+                loaded.network(t)
+
 
 class TestConfig:
     FLAGS = ("--lr", "0.05", "--n_hidden", "9", "--samples", "fc1=3", "fc2=4", "--threshold", "0.9", "--eval_train")
+
+    def test_of_another_method_gives_what_was_typed_alone(self, tmp_path):
+        path = tmp_path / "config.json"
+        values = ["--method", "trgp", "--region_images", "77", "--lr", "0.02"]
+        made, _ = parse(main_pmnist.Hyperparameters, METHODS, values, "")
+        path.write_text(json.dumps({"hyperparameters": dataclasses.asdict(made)}))
+        repeated, _ = parse(main_pmnist.Hyperparameters, METHODS, ["--config", str(path), "--method", "cuber"], "")
+        plain, _ = parse(main_pmnist.Hyperparameters, METHODS, ["--method", "cuber"], "")
+        assert repeated == dataclasses.replace(plain, region_images=77, lr=0.02)
+        assert made.region_threshold != plain.region_threshold
 
     def test_repeats_a_run(self, pmnist, tmp_path):
         first = pmnist(*self.FLAGS)

@@ -126,3 +126,21 @@ def test_other_weights_of_the_new_head(tmp_path):
         nn.init.constant_(model.heads[2].weight, 0.5)
     run(tiny.options(tmp_path, n_epochs=3, method="naive", lr=0.05), tiny.benchmark(), model)
     assert not torch.equal(model.heads[2].weight, tiny.Network().heads[2].weight)
+
+
+def test_in_a_folder_that_was_given_it_says_how(tmp_path):
+    folder = str(tmp_path / "mine")
+    run(tiny.options(tmp_path, n_tasks=2, run_folder=folder), tiny.benchmark(), tiny.Network())
+    with pytest.raises(InputError, match=r"\(n_tasks 2 there, 3 here\); leave --run_folder out: a run with more tasks"):
+        run(tiny.options(tmp_path, run_folder=folder), tiny.benchmark(), tiny.Network())
+    with pytest.raises(InputError, match=r"\(n_tasks 2 there, 1 here\); choose another$"):
+        run(tiny.options(tmp_path, n_tasks=1, run_folder=folder), tiny.benchmark(), tiny.Network())
+
+
+def test_a_run_whose_summary_alone_is_missing(tmp_path, capsys):
+    first = run(tiny.options(tmp_path), tiny.benchmark(), tiny.Network())
+    (tiny.run_folder(tmp_path) / "summary.json").write_text("{")
+    capsys.readouterr()
+    again = run(tiny.options(tmp_path, quiet=False), tiny.benchmark(), tiny.Network())
+    assert numbers(again) == numbers(first)
+    assert "all tasks are learned; the summary is made from the checkpoint" in capsys.readouterr().out

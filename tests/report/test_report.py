@@ -10,6 +10,7 @@ import re
 
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from gradproj.errors import InputError
 from report import __main__ as report
@@ -18,6 +19,7 @@ from report import rows as comparison
 from report import runs as summaries
 from report.plots import draw as figures
 from report.plots.accuracy import accuracy_heat_map, accuracy_over_time, mean_matrix
+from report.plots.draw import draw_pictures
 from report.plots.memory import mean_columns, memory_growth
 from report.plots.style import save
 from report.published import PUBLISHED, Estimate, reproduced
@@ -238,6 +240,18 @@ def test_plots_are_written_as_png_and_pdf(tmp_path, capsys):
     for path in (tmp_path / "figures").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"%PDF")
     assert str(tmp_path / "figures" / f"{stem}-methods.png") in capsys.readouterr().err
+
+
+def test_pictures_mark_methods_that_are_told_the_task(tmp_path):
+    rows = rows_of(write(tmp_path / "a"), write(tmp_path / "b", method="hat", title="HAT", task_identity=True))
+    figures = {}
+    draw_pictures(rows, lambda figure, name: figures.update({name: figure}))
+    for name in ("accuracy_over_time", "methods"):
+        figure = figures[f"real-cifar100-default-{name}"]
+        texts = [text.get_text() for text in figure.findobj(Text)]
+        assert "GPM" in texts and "HAT ‡" in texts and "HAT" not in texts
+        assert any("‡ is told which task an image is of" in text for text in texts)
+    assert "real-cifar100-default-hat-accuracy" in figures
 
 
 def with_costs(**changes):
