@@ -128,7 +128,7 @@ class Layer:
 
     def empty_basis(self, key: str) -> Tensor:
         """A subspace of which nothing is known yet: no columns (d, 0)."""
-        return torch.zeros(self.sizes[key], 0, dtype=torch.float64, device=self.device)
+        return torch.zeros(self.sizes[key], 0, dtype=torch.float64)
 
     def inputs(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Sequence[Tensor]:
         """The inputs that its weight is applied to in a call of one of `functions`.

@@ -56,9 +56,7 @@ class EmbeddingLayer(Layer):
         yield {self.name: inputs.flatten()}
 
     def empty_basis(self, key: str) -> Tensor:
-        if key != self.name:
-            return super().empty_basis(key)
-        return torch.zeros(0, dtype=torch.int64, device=self.device)
+        return torch.zeros(0, dtype=torch.int64) if key == self.name else super().empty_basis(key)
 
     def position_axes(self, inputs: Tensor) -> int:
         return inputs.ndim - inputs.is_floating_point()  # indices, or what the head sees

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from engine.task import Split, Task
 from gradproj.errors import InputError
-from gradproj.layers import find_layers
 from methods import METHODS
 from methods.gpm import GPM
 from methods.parts.side_paths import SidePathGPM
@@ -127,9 +126,3 @@ def test_a_layer_whose_weight_is_frozen_and_whose_bias_is_not():
         moved[name] = (net[0].bias - before).norm()
     assert moved["gpm"] == 0
     assert moved["fs_dgpm"] < 1e-3
-
-
-@pytest.mark.parametrize("layer", [nn.Linear(3, 2), nn.Embedding(4, 2)])
-def test_a_subspace_of_nothing_is_where_its_layer_is(layer):
-    (found,) = find_layers(nn.ModuleDict({"a": layer}).to("meta")).values()
-    assert [found.empty_basis(key).device.type for key in found.keys] == ["meta"]
