@@ -58,7 +58,8 @@ def bars(
             axes.text(x, tip, text, ha="center", va="top" if down else "bottom", fontsize=TICK)
         axes.axhline(0, color="black", linewidth=0.8, zorder=4)
         axes.set_xlim(-0.6, len(names) - 0.4)
-        axes.set_ylim(lowest - room * (lowest < 0), highest + room * (highest > 0 or lowest == 0))
+        above = any(e is None or e.mean >= 0 for e in estimates)
+        axes.set_ylim(lowest - room * (lowest < 0), highest + room * above)
         turned = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(names) > 4 else {}
         axes.set_xticks(range(len(names)), names, **turned)
         plain(axes)

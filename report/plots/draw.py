@@ -144,7 +144,7 @@ def _seeds(shown: dict[str, Row]) -> str:
     runs = words.pop() if len(words) == 1 else f"runs ({', '.join(counts)})"
     several = any(len(row.runs) > 1 for row in shown.values())
     told = any(row.task_identity for row in shown.values())
-    mark = f"; {IDENTITY.strip()} is told which task an image is of" if told else ""
+    mark = f"\n{IDENTITY.strip()} is told which task an image is of" if told else ""
     return (f"mean ± one standard deviation over {runs}" if several else runs) + mark
 
 
