@@ -56,8 +56,12 @@ class FSDGPM(GPM, Replay):
         "momentum": 0.9,
         "memory_images": 1000,
         "pmnist": {
-            **{"lr": 0.001, "threshold": (0.99,), "threshold_step": 5e-4},
-            **{"memory_images": 200, "fs_eta1": 0.05, "fs_order": 1},
+            "lr": 0.001,
+            "threshold": (0.99,),
+            "threshold_step": 0.0005,
+            "memory_images": 200,
+            "fs_eta1": 0.05,
+            "fs_order": 1,
         },
         "cifar100_superclass": {"fs_eta1": 0.01},
     }
