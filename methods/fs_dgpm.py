@@ -116,9 +116,10 @@ class FSDGPM(GPM, Replay):
 
     def uphill(self, weights: Weights, images: Tensor, labels: Tensor, t: int) -> Weights:
         """w_h from w_{h-1}, by parameter."""
-        layers, second = self.memory.layers.values() if self.softness else (), self.options.fs_order == 2
+        layers, second = list(self.memory.layers.values()) if self.softness else [], self.options.fs_order == 2
+        trained = [layer for layer in layers if all(p is None or p in weights for p in layer.parameters)]
         attention = sdpa_kernel(SDPBackend.MATH) if second else nullcontext()  # others differentiate once only
-        with calls_of_few_rows(layers) as calls, attention, computing_with(self.model, weights):
+        with calls_of_few_rows(trained) as calls, attention, computing_with(self.model, weights):
             with self.precision(images.device):
                 loss = self.loss(images, labels, t)
         by_rows = {p for call in calls for p in call.layer.parameters}

@@ -139,6 +139,15 @@ class TestFSDGPMOfFewRowsFirstOrder(TestFSDGPMOfFewRows):
     changes = TestFSDGPM.changes | {"fs_order": 1}
 
 
+def test_a_layer_that_is_frozen_later_stays():
+    learner = method(Wide(), "fs_dgpm", memory_images=30)
+    train(learner, 0, tiny.task(0))
+    learner.model.fc2.requires_grad_(False)
+    before = learner.model.fc2.weight.clone()
+    train(learner, 1, tiny.task(1))
+    assert_close(learner.model.fc2.weight, before, atol=0, rtol=0)
+
+
 def test_attention_can_be_differentiated_twice():
     class Attention(nn.Module):
         def __init__(self) -> None:
