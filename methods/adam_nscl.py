@@ -41,7 +41,7 @@ class AdamNSCL(GPM):
     defaults = {
         "lr": 5e-5,
         "lr_min": 1e-6,
-        "pmnist": {"nscl_ratio": 100.0},
+        "pmnist": {"nscl_ratio": 30.0},
         "cifar100_superclass": {"nscl_ratio": 30.0},
         "miniimagenet": {"nscl_ratio": 30.0},
     }
