@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradproj.layers import Layer
 from gradproj.layers.linear import LinearLayer
+from gradproj.optimizers import with_zeros
 from gradproj.projection import (
     LayerProjector,
     Projector,
@@ -64,8 +65,8 @@ class Scaled(NamedTuple):
         """Of the parameters of those layers that have gradients, by parameter."""
         parts: dict[nn.Parameter | None, Tensor | None] = {}
         for layer in layers:
-            own = [None if p is None else gradients.get(p) for p in layer.parameters]
-            if any(g is not None for g in own):
+            own = with_zeros(layer.parameters, [None if p is None else gradients.get(p) for p in layer.parameters])
+            if own is not None:
                 groups = zip(layer.keys, layer.rows(*own).chunk(layer.groups), strict=True)
                 rows = torch.cat([self.rows(key, G) for key, G in groups])
                 parts |= zip(layer.parameters, layer.from_rows(rows), strict=True)
