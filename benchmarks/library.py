@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from gradproj import GradientProjectionMemory
-from gradproj.representation import representations
+from gradproj.gathering import gather
+from gradproj.representation import Gatherer
 from gradproj.subspace import extend_basis
 
 EPSILON = 0.97
@@ -50,9 +51,8 @@ def smooth(*shape: int) -> Tensor:
 def plain_update(model: nn.Module, batch: Tensor) -> None:
     """The bases, layer after layer, each gathered by itself: d x d in float64, decomposed in full."""
     layers = GradientProjectionMemory(model).layers
-    model.eval()
     for layer in layers.values():
-        for key, seen in representations({layer.name: layer}, model, [batch]).items():
+        for key, seen in gather(Gatherer({layer.name: layer}), model, model, [batch]).items():
             seen.gram, seen.columns = seen.outer, None
             extend_basis(layer.empty_basis(key), seen, EPSILON)
 

@@ -14,6 +14,7 @@ from gradproj.distributed import local_forwards
 from gradproj.errors import InputError
 
 Forward = Callable[[Any], Any]
+Mask = Callable[[Any], Tensor | None] | str
 
 
 def as_batches(batches: Any) -> Iterable[Any]:
@@ -97,7 +98,7 @@ def moved(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def masks(mask: Callable[[Any], Tensor | None] | str | None, batch: Any) -> Tensor | None:
+def masks(mask: Mask | None, batch: Any) -> Tensor | None:
     """Which samples, or positions of them, of a batch count; None for all.
 
     Raises:
@@ -128,21 +129,3 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def filled(groups: Iterable[tuple[list[str], int]], room: int) -> list[list[str]]:
-    """The layers of each pass, in their order.
-
-    Args:
-        groups: layers that share a matrix, and the bytes it needs.
-        room: bytes for each pass; a group that needs more has a pass to itself.
-    """
-    passes: list[list[str]] = [[]]
-    left = room
-    for members, need in groups:
-        if passes[-1] and need > left:
-            passes.append([])
-            left = room
-        passes[-1] += members
-        left -= need
-    return passes

@@ -1,14 +1,16 @@
-"""What a memory warns of before training: what of a model can still move old tasks' outputs, each as a sentence."""
+"""What a memory warns of: what can still move old tasks' outputs, each as a sentence."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from gradproj.layers import Layer, Selection, kept_modules
 from gradproj.layers.find import kind_of, unknown_weight
+from gradproj.optimizers import leaves_gradients, unprojected
+from gradproj.projection import LayerProjector
 
 
 def what_can_forget(
@@ -58,3 +60,25 @@ def what_rounds(layers: Mapping[str, Layer]) -> str | None:
         "themselves, which moves old outputs however gradients are projected (verify() measures it); keep "
         "float32 weights and train under autocast"
     )
+
+
+def what_steps_past(
+    optimizer: torch.optim.Optimizer, projectors: Collection[LayerProjector], is_projected: bool
+) -> Iterator[str]:
+    """What of an optimiser's first step would move protected weights otherwise than orthogonally to their bases.
+
+    Args:
+        optimizer: before that step.
+        projectors: through which gradients must have gone.
+        is_projected: whether its updates are projected too.
+    """
+    if not is_projected and (reason := leaves_gradients(optimizer, projectors)):
+        yield (
+            f"{type(optimizer).__name__} trains protected layers, and {reason}: projected gradients alone do not hold "
+            "old tasks then; give it to protect(optimizer)"
+        )
+    for name in unprojected(projectors):
+        yield (
+            f"a gradient of {name or 'the model'} came past its projection, or is left from before: old tasks may be "
+            "forgotten through it"
+        )

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gradproj.batches import Forward, in_eval_mode, masks, runner
+from gradproj.batches import Forward, Mask, in_eval_mode, masks, runner
 from gradproj.layers import Layer
 from gradproj.layers.uses import Uses, plain_paths
 from gradproj.normalization import is_normalization
-from gradproj.representation import Gatherer, Mask, Representation, SeenRows
+from gradproj.representation import Gatherer, Representation, SeenRows
 from gradproj.subspace import extend_basis
 
 DECOMPOSED = 1024  # inputs of a layer up to which `inspect` decomposes what it sees
@@ -118,12 +118,7 @@ def inspect(memory: Memory, forward: Forward, batch: Any, thresholds: Mapping[st
         gatherer.run(run, batch, masks(mask, batch))
         with plain_paths(), torch.enable_grad(), Uses(memory.layers.values(), lambda *_: None, other):
             run(batch)
-    silent = [name for name, layer in memory.layers.items() if not any(gatherer.columns[key] for key in layer.keys)]
-    seen = {
-        key: part
-        for name, source in gatherer.sources.items()
-        for key, part in zip(memory.layers[name].keys, source.parts, strict=True)
-    }
+    seen = gatherer.seen
     names = {key: name for name, layer in memory.layers.items() for key in layer.keys}
     full = [key for key, part in seen.items() if _will_be_full(memory.bases[key], part, thresholds[names[key]])]
     rate = products_per_second()
@@ -136,7 +131,14 @@ def inspect(memory: Memory, forward: Forward, batch: Any, thresholds: Mapping[st
     kept = [p for p in memory.model.parameters() if p.requires_grad] + list(memory.model.buffers())
     size = 8 * entries + sum(tensor.numel() * tensor.element_size() for tensor in kept)  # `verify` compares with these
     return Check(
-        silent, full, list(leaks), memory.unprotected, gatherer.columns, size / 2**30, work / rate, table(memory)
+        gatherer.silent,
+        full,
+        list(leaks),
+        memory.unprotected,
+        gatherer.columns,
+        size / 2**30,
+        work / rate,
+        table(memory),
     )
 
 

@@ -10,11 +10,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from gradproj.batches import Forward, as_batches, filled, in_eval_mode, masks, runner
-from gradproj.concerns import what_can_forget, what_rounds
-from gradproj.distributed import all_or_none, check_same_model, merge, refuse_sharded
-from gradproj.errors import DivergenceError, FullLayerWarning, InputError, warn_caller
+from gradproj.batches import Forward, Mask, as_batches
+from gradproj.concerns import what_can_forget, what_rounds, what_steps_past
+from gradproj.distributed import refuse_sharded
+from gradproj.errors import FullLayerWarning, InputError, warn_caller
 from gradproj.files import load_tensors, save_tensors
+from gradproj.gathering import gather, passes
 from gradproj.inspection import Check, inspect, table
 from gradproj.layers import Layer, Selection, find_layers
 from gradproj.normalization import frozen, normalization_parameters
@@ -22,13 +23,12 @@ from gradproj.optimizers import (
     gradients,
     leaves_gradients,
     projected_updates,
-    unprojected,
     unwrapped,
     watched_steps,
 )
 from gradproj.projection import LayerProjector, layer_projector
 from gradproj.protection import Protection, projecting, watching
-from gradproj.representation import Gatherer, Mask, Representation, SeenRows, finished
+from gradproj.representation import Gatherer, Representation, SeenRows
 from gradproj.subspace import FAST_THRESHOLD, RankRule, extend_basis, held_energy
 from gradproj.verification import Verification, leaks, verification
 
@@ -187,8 +187,7 @@ class GradientProjectionMemory:
         thresholds = self._thresholds(threshold)  # before the work
         fast = not self.exact and max(thresholds.values()) <= FAST_THRESHOLD
         bases: dict[str, Tensor] = {}
-        for names, again in self._passes(forward, batches, samples, mask, max_memory):
-            layers = {name: self.layers[name] for name in names}
+        for layers, again in passes(self.layers, self.model, forward, batches, samples, mask, max_memory):
             gathered = self._gathered(forward, again, samples, mask, Gatherer(layers, samples, rows, fast))
             bases |= self._extended(gathered, thresholds, fast, max_columns)
         self.replace(bases)
@@ -228,51 +227,11 @@ class GradientProjectionMemory:
                 raise InputError(
                     f"samples has {name!r}: {count}; it must give layers 1 or more: {', '.join(self.layers)}"
                 )
-        refuse_sharded(self.model)
-        check_same_model(self.model)
-        n_batches, run = 0, runner(forward, self.model)
-        with all_or_none(), in_eval_mode(self.model):
-            for batch in batches:
-                gatherer.run(run, batch, masks(mask, batch))
-                n_batches += 1
-        gathered = finished(gatherer, merge(gatherer, n_batches, self.model))
-        for key, representation in gathered.items():
-            if not representation.is_finite:
-                raise DivergenceError(f"the inputs of layer {key} are infinite or NaN: the network has diverged")
+        gathered = gather(gatherer, self.model, forward, batches, mask)
         for name, modules in gatherer.hosts.items():
             known = self._hosts.setdefault(name, [])
             known += [module for module in modules if module not in known]
         return gathered
-
-    def _passes(
-        self, forward: Forward, batches: Any, samples: Mapping[str, int] | None, mask: Mask | None, max_memory: int
-    ) -> Iterator[tuple[list[str], Iterable[Any]]]:
-        """Which layers to gather in each pass over the batches, so that their matrices fit, and the batches."""
-        batches = as_batches(batches)
-        need = {name: sum(8 * d * d for d in layer.sizes.values()) for name, layer in self.layers.items()}
-        if sum(need.values()) <= max_memory:
-            yield list(self.layers), batches
-            return
-        gatherer = Gatherer(self.layers, samples, count_only=True)
-        with all_or_none(), in_eval_mode(self.model):
-            first = next(iter(batches), None)
-            if first is not None:
-                gatherer.run(runner(forward, self.model), first, masks(mask, first))
-        merge(gatherer, 1, self.model)
-        shares = {id(source): source for source in gatherer.sources.values()}
-        groups = [source.members for source in shares.values()]
-        groups += [[name] for name in self.layers if name not in gatherer.sources]  # they did not run, as will be said
-        passes = filled([(members, need[members[0]]) for members in groups], max_memory)
-        if len(passes) > 1 and iter(batches) is batches:
-            total = sum(need[members[0]] for members in groups) / 2**30
-            raise InputError(
-                f"the layers' inputs need {total:.1f} GiB, so the batches must run {len(passes)} times, but they can "
-                "run only once: give a list or a DataLoader, or a larger max_memory"
-            )
-        if iter(batches) is batches:
-            raise InputError("max_memory is so small that batches must run twice; give a list or a DataLoader")
-        for names in passes:
-            yield names, batches
 
     def _extended(
         self,
@@ -422,18 +381,8 @@ class GradientProjectionMemory:
 
         def look(optimizer: torch.optim.Optimizer) -> None:
             covered = id(optimizer) in known | self._projected
-            if not covered and (reason := leaves_gradients(optimizer, projectors.values())):
-                self._warn(
-                    f"{type(optimizer).__name__} trains protected layers, and {reason}: projected gradients alone do "
-                    "not hold old tasks then; give it to protect(optimizer)"
-                )
-            names = unprojected(projectors.values())
-            self._say_leaks(
-                [
-                    f"a gradient of {name or 'the model'} came past its projection, or is left from before"
-                    for name in names
-                ]
-            )
+            for concern in what_steps_past(optimizer, projectors.values(), covered):
+                self._warn(concern)
 
         with watched_steps(parameters, look, count):
             yield

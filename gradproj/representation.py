@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ from gradproj.layers.base import BLOCK_ENTRIES
 from gradproj.layers.embedding import EmbeddingLayer
 from gradproj.layers.uses import Uses, plain_paths
 
-Mask = Callable[[Any], Tensor] | str
 STRIP = 512  # rows of R Rᵀ that are made at once in float32
 FAST_SIZE = 512  # inputs from which a layer's products are worth halving
 
@@ -300,6 +299,20 @@ class Gatherer:
             for key, d in layer.sizes.items()
         ]
 
+    @property
+    def seen(self) -> dict[str, Representation | SeenRows]:
+        """By key, what has been gathered; layers that see the same share one."""
+        return {
+            key: part
+            for name, source in self.sources.items()
+            for key, part in zip(self.layers[name].keys, source.parts, strict=True)
+        }
+
+    @property
+    def silent(self) -> list[str]:
+        """The names of layers that were given nothing."""
+        return [name for name, layer in self.layers.items() if not any(self.columns[key] for key in layer.keys)]
+
     def _product_dtype(self, d: int) -> torch.dtype:
         return torch.float32 if self.fast and d >= FAST_SIZE else torch.float64
 
@@ -322,52 +335,3 @@ class Gatherer:
             return columns
         chosen = torch.randperm(columns.shape[1], generator=self.random)[:most]
         return columns[:, chosen.to(columns.device)]
-
-
-def representations(
-    layers: Mapping[str, Layer],
-    forward: Callable[[Any], Any],
-    batches: Iterable[Any],
-    samples: Mapping[str, int] | None = None,
-    keep_columns: bool = False,
-) -> dict[str, Representation | SeenRows]:
-    """Run batches through a model and gather the inputs of its layers.
-
-    Args:
-        layers: the layers to listen to; the model must be in the mode (eval) whose inputs are wanted.
-        forward: called once with each batch.
-        batches: what `forward` takes.
-        samples: by layer name, how many samples of each batch become columns, the first ones; all where unnamed.
-        keep_columns: as for Representation.
-    Returns:
-        one Representation for each key of each layer; layers that see the same share one.
-    Raises:
-        InputError: layers did not run.
-    """
-    gatherer = Gatherer(layers, samples, keep_columns=keep_columns)
-    n_batches = 0
-    for batch in batches:
-        gatherer.run(forward, batch)
-        n_batches += 1
-    return finished(gatherer, n_batches)
-
-
-def finished(gatherer: Gatherer, n_batches: int) -> dict[str, Representation | SeenRows]:
-    """What was gathered, by key.
-
-    Raises:
-        InputError: there were no batches, or layers did not run.
-    """
-    if not n_batches:
-        raise InputError("there are no batches to read representations from; give at least one")
-    silent = [name for name, layer in gatherer.layers.items() if not any(gatherer.columns[key] for key in layer.keys)]
-    if silent:
-        raise InputError(
-            f"layer{'s' if len(silent) > 1 else ''} {', '.join(silent)} did not run in the forward pass, so what "
-            f"{'they see' if len(silent) > 1 else 'it sees'} is unknown: exclude what does not run, or give images"
-        )
-    return {
-        key: part
-        for name, layer in gatherer.layers.items()
-        for key, part in zip(layer.keys, gatherer.sources[name].parts, strict=True)
-    }

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradproj.batches import Forward, in_eval_mode, masks, runner
+from gradproj.batches import Forward, Mask, in_eval_mode, masks, runner
 from gradproj.errors import InputError
 from gradproj.inspection import Memory, aligned
 from gradproj.layers import Layer
 from gradproj.layers.uses import Uses, plain_paths
 from gradproj.projection import full_float32, size
-from gradproj.representation import Mask
 
 ROUNDINGS = 16  # a movement of so many roundings is still explained by them
 HELD = 1e-5  # inputs of which no larger share is outside a basis are all inside, as single precision sees it

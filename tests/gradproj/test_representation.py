@@ -9,8 +9,9 @@ from torch.testing import assert_close
 
 import gradproj.layers.base
 from gradproj.errors import InputError
+from gradproj.gathering import gather
 from gradproj.layers import find_layers
-from gradproj.representation import Representation, representations
+from gradproj.representation import Gatherer, Representation
 from tests import reference
 
 DOUBLE = torch.float64
@@ -123,7 +124,7 @@ class TestRepresentations:
         monkeypatch.setattr(gradproj.representation, "BLOCK_ENTRIES", block)
         images = normal(10, 2, 3, 3)
         layers = find_layers(network, ["heads"])
-        gathered = representations(layers, network, images.split(batch_size))
+        gathered = gather(Gatherer(layers), network, network, images.split(batch_size))
         expected = self.expected(network, images)
         assert gathered.keys() == expected.keys()
         for key, representation in gathered.items():
@@ -132,7 +133,7 @@ class TestRepresentations:
     def test_samples_limit_the_columns_of_each_batch(self, network):
         images = normal(10, 2, 3, 3)
         layers = find_layers(network, ["heads"])
-        gathered = representations(layers, network, images.split(5), {"body.0": 2})
+        gathered = gather(Gatherer(layers, {"body.0": 2}), network, network, images.split(5))
         assert {key: r.n for key, r in gathered.items()} == {"body.0[0]": 4 * 4, "body.0[1]": 4 * 4, "fc": 10}
         first_two_of_each = self.expected(network, images[[0, 1, 5, 6]])
         assert_close(gram(gathered["body.0[1]"]), first_two_of_each["body.0[1]"], atol=1e-12, rtol=0)
@@ -141,23 +142,24 @@ class TestRepresentations:
     def test_a_layer_used_twice_contributes_all_its_inputs(self):
         linear = nn.Linear(3, 3, bias=False, dtype=DOUBLE)
         x = normal(2, 3)
-        gathered = representations(find_layers(nn.Sequential(linear)), lambda x: linear(linear(x)), [x])
+        model = nn.Sequential(linear)
+        gathered = gather(Gatherer(find_layers(model)), model, lambda x: linear(linear(x)), [x])
         columns = torch.cat([x, linear(x).detach()]).T
         assert_close(gram(gathered["0"]), columns @ columns.T)
 
     def test_a_layer_that_does_not_run(self, network):
         with pytest.raises(InputError, match=r"layer heads\.1 did not run in the forward pass.*exclude what does not"):
-            representations(find_layers(network), network, [normal(2, 2, 3, 3)])
+            gather(Gatherer(find_layers(network)), network, network, [normal(2, 2, 3, 3)])
 
     def test_no_hook_stays(self, network):
         layers = find_layers(network)
-        representations(find_layers(network, ["heads"]), network, [normal(2, 2, 3, 3)])
+        gather(Gatherer(find_layers(network, ["heads"])), network, network, [normal(2, 2, 3, 3)])
         with pytest.raises(RuntimeError, match="shape"):
-            representations(layers, network, [normal(2, 2, 5, 5)])
+            gather(Gatherer(layers), network, network, [normal(2, 2, 5, 5)])
         assert not any(layer.module._forward_pre_hooks for layer in layers.values())
 
     def test_nothing_is_kept_for_backward(self, network):
-        gathered = representations(find_layers(network, ["heads"]), network, [normal(20, 2, 3, 3)])
+        gathered = gather(Gatherer(find_layers(network, ["heads"])), network, network, [normal(20, 2, 3, 3)])
         assert not any(gram(representation).requires_grad for representation in gathered.values())
 
 
@@ -169,7 +171,8 @@ def test_inputs_that_the_model_overwrites_are_remembered_as_they_were():
         inputs += fc(inputs)
         return inputs
 
-    found = representations(find_layers(nn.Sequential(fc)), residual_in_place, [x])["0"]
+    model = nn.Sequential(fc)
+    found = gather(Gatherer(find_layers(model)), model, residual_in_place, [x])["0"]
     assert_close(found.columns, x.T)
 
 
@@ -181,5 +184,6 @@ def test_a_block_of_patches_stays_within_its_bound(monkeypatch):
         Representation, "add", lambda self, columns: (sizes.append(columns.numel()), add(self, columns))
     )
     conv = nn.Conv2d(2, 3, 3, padding=1).double()
-    representations(find_layers(nn.Sequential(conv)), conv, [normal(9, 2, 10, 12)])
+    model = nn.Sequential(conv)
+    gather(Gatherer(find_layers(model)), model, model, [normal(9, 2, 10, 12)])
     assert sizes == 4 * [2 * 19 * 120] + [19 * 120]  # two images at a time, 19 inputs at 120 positions

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from gradproj import GradientProjectionMemory
-from gradproj.batches import filled
 from gradproj.errors import InputError
+from gradproj.gathering import filled
 from tests.gradproj.learned import OLD, D, mlp
 
 
