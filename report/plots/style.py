@@ -30,7 +30,7 @@ LOOKS = (
     *(Look("#0072B2", "o"), Look("#D55E00", "s"), Look("#000000", "*"), Look("#777777", "P"), Look("#E69F00", "^")),
     *(Look("#56B4E9", "v"), Look("#009E73", "D"), Look("#CC79A7", "X"), Look("#8C6D1F", "<"), Look("#44337A", ">")),
     *(Look("#2B7A78", "d"), Look("#A4243B", "h"), Look("#5F8D2E", "p"), Look("#B07AA1", "8"), Look("#1B4965", "H")),
-    *(Look("#C46210", "v"), Look("#6A0DAD", "^"), Look("#3D405B", "s"), Look("#81B29A", "o"), Look("#E07A5F", "D")),
+    *(Look("#D4A017", "v"), Look("#6A0DAD", "^"), Look("#8FA3B8", "s"), Look("#81B29A", "o"), Look("#E07A5F", "D")),
 )
 Looks = Mapping[str, Look]  # by label
 MARKERS = "os^DvPX<>*"
