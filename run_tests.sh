@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
     echo "usage: bash run_tests.sh [PYTEST ARGUMENTS]"
     echo "Installs what is missing (requirements-dev.txt) into .venv, checks style with ruff and the library's types with mypy, runs the tests with pytest."
-    echo "Examples: bash run_tests.sh -m 'not slow'    bash run_tests.sh tests/test_report.py -x"
+    echo "Examples: bash run_tests.sh -m 'not slow'    bash run_tests.sh tests/report -x"
     exit
 fi
 source .ci/environment.sh

@@ -12,7 +12,7 @@ import pytest
 
 from report import __main__ as report
 from report.html import matrix_cells
-from tests.report.test_report import write
+from tests.report.written import write
 
 pytest.importorskip("itables")
 EVIL = "'&\"<img src=x onerror=document.title=1>"

@@ -9,7 +9,7 @@ from report import tables
 from report.rows import summarise, without
 from sweep import __main__ as sweep
 from sweep import plan
-from tests.report.test_report import rows_of, write
+from tests.report.written import rows_of, write
 
 RELEASED = "protocol=released"
 

@@ -1,0 +1,101 @@
+"""`python -m report`: what it finds, prints and refuses."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+
+import pytest
+
+from gradproj.errors import InputError
+from report import __main__ as report
+from report import runs as summaries
+from report import tables
+from tests.report.written import rows_of, summary, write
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"finished": true}',
+        json.dumps(summary(average_accuracy=math.nan)),
+        json.dumps(summary(seed="1")),
+        json.dumps(summary(class_incremental=[["much"]])),
+        json.dumps(summary(valid_accuracy=5)),
+        json.dumps(summary(hyperparameters=[1])),
+        json.dumps(summary(tasks="digits")),
+        json.dumps(summary(place="first")),
+        json.dumps(summary(tasks=[{"name": 1}])),
+        json.dumps(summary(title="GPM")),  # without saying whether it uses the task's identity
+        json.dumps(summary(data={"kind": "real", "sources": {"cifar100": None}})),
+        json.dumps(summary(valid_accuracy=[[]])),
+        json.dumps({name: value for name, value in summary().items() if name != "backward_transfer"}),
+    ],
+)
+def test_damaged_runs_are_listed(tmp_path, content, capsys):
+    write(tmp_path / "good")
+    (write(tmp_path / "bad") / "summary.json").write_text(content)
+    for form in tables.FORMATS:
+        assert report.main([str(tmp_path), "--format", form]) == 0
+        out = capsys.readouterr().out
+        assert "damaged" in out and str(tmp_path / "bad") in out.replace("\\_", "_")
+
+
+def test_unfinished_runs_are_listed_with_their_position(tmp_path, capsys):
+    folder = write(tmp_path / "half")
+    (folder / "summary.json").unlink()
+    (folder / "epochs.jsonl").write_text('{"task": 0, "epoch": 7}\n')
+    assert report.main([str(tmp_path)]) == 0
+    assert f"unfinished: {folder} (begun: task 1/2, epoch 7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["absent", "."])
+def test_bad_input_is_one_line(tmp_path, path, capsys):
+    assert report.main([str(tmp_path / path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and str(tmp_path) in captured.err
+
+
+def test_formats_parse(tmp_path):
+    write(tmp_path / "a")
+    write(tmp_path / "b", method="naive", variant="n_epochs=20")
+    rows = rows_of(tmp_path)
+    lines = list(csv.DictReader(io.StringIO(tables.as_csv(rows, []))))
+    assert [line["method"] for line in lines] == ["gpm", "naive"]
+    assert [float(line["average_accuracy"]) for line in lines] == [80.0, 80.0]
+    assert lines[1]["command"] == "python main_cifar100.py --method naive --n_epochs 20 --seed 1"
+    table = [line for line in tables.as_markdown(rows, []).splitlines() if line.startswith("|")]
+    assert len(table) == 4 and len({line.count("|") for line in table}) == 1
+    latex = tables.as_latex(rows, []).split("\\midrule")[1].split("\\bottomrule")[0]
+    n_columns = tables.as_latex(rows, []).split("{tabular}{")[1].index("}")
+    assert all(line.count(" & ") == n_columns - 1 for line in latex.strip().splitlines())
+    assert "n\\_epochs=20" in latex
+
+
+def test_the_command_of_several_seeds_is_one_sweep(tmp_path):
+    for seed in (1, 2):
+        write(tmp_path / str(seed), seed=seed, method="naive", variant="n_epochs=20")
+    (row,) = rows_of(tmp_path)
+    expected = "bash run_experiments.sh paper --only cifar100 --methods naive --seeds 1 2 --n_epochs 20"
+    assert tables.command(row) == expected
+
+
+def test_a_search_shows_the_validation_accuracy(tmp_path, capsys):
+    write(tmp_path / "x", valid_accuracy=[[91.0, None], [82.0, 81.0]])
+    for flags, shown in (["--against", "lr"], True), ([], False), (["--format", "csv"], True):
+        assert report.main([str(tmp_path), *flags]) == 0
+        assert ("81.5" in capsys.readouterr().out) == shown
+
+
+def test_find_runs_takes_single_files_and_folders(tmp_path):
+    folder = write(tmp_path / "x/y/seed-1")
+    for path in (folder, folder / "summary.json", tmp_path):
+        runs, problems = summaries.find_runs([path])
+        assert [run.path for run in runs] == [folder] and not problems
+    with pytest.raises(InputError, match="does not exist"):
+        summaries.find_runs([tmp_path / "nothing"])
