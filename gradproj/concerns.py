@@ -63,21 +63,21 @@ def what_rounds(layers: Mapping[str, Layer]) -> str | None:
 
 
 def what_steps_past(
-    optimizer: torch.optim.Optimizer, projectors: Collection[LayerProjector], is_projected: bool
+    optimizer: torch.optim.Optimizer, projectors: Collection[LayerProjector], has_gradients: bool
 ) -> Iterator[str]:
     """What of an optimiser's first step would move protected weights otherwise than orthogonally to their bases.
 
     Args:
-        optimizer: before that step.
+        optimizer: before that step; one whose updates are not projected.
         projectors: through which gradients must have gone.
-        is_projected: whether its updates are projected too.
+        has_gradients: whether what parameters hold now are the gradients of that step.
     """
-    if not is_projected and (reason := leaves_gradients(optimizer, projectors)):
+    if reason := leaves_gradients(optimizer, projectors):
         yield (
             f"{type(optimizer).__name__} trains protected layers, and {reason}: projected gradients alone do not hold "
             "old tasks then; give it to protect(optimizer)"
         )
-    for name in unprojected(projectors):
+    for name in unprojected(projectors) if has_gradients else ():
         yield (
             f"a gradient of {name or 'the model'} came past its projection, or is left from before: old tasks may be "
             "forgotten through it"

@@ -87,6 +87,8 @@ def local_forwards() -> Iterator[None]:
 def refuse_sharded(model: nn.Module) -> None:
     """Raise InputError where parameters are spread over processes, so that none sees a layer's whole gradient."""
     for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise InputError("DataParallel runs copies whose gradients nothing projects; use DistributedDataParallel")
         if type(module).__name__ == "FullyShardedDataParallel":
             raise InputError(
                 f"{name or type(model).__name__} is sharded by FullyShardedDataParallel: a process holds only a part "
@@ -109,7 +111,7 @@ def check_same_model(model: nn.Module) -> None:
     """
     if n_processes() == 1:
         return
-    if len(set(exchanged([_checksum(p) for p in model.parameters()].__repr__()))) > 1:
+    if len(set(exchanged([checksum(p) for p in model.parameters()].__repr__()))) > 1:
         raise InputError(
             "the processes' models differ, so they cannot share a memory: train one model with "
             "DistributedDataParallel, or give each its own memory within gradproj.distributed.alone()"
@@ -118,9 +120,11 @@ def check_same_model(model: nn.Module) -> None:
         distributed.broadcast(buffer, src=0)
 
 
-def _checksum(parameter: Tensor) -> int:
+def checksum(parameter: Tensor) -> int:
     """A sum of an exact kind, the same in whatever order a machine adds."""
-    return int(parameter.detach().contiguous().view(INTEGERS[parameter.element_size()]).sum(dtype=torch.int64))
+    entries = torch.view_as_real(parameter) if parameter.is_complex() else parameter
+    entries = entries.detach().contiguous().flatten()
+    return int(entries.view(INTEGERS[entries.element_size()]).sum(dtype=torch.int64))
 
 
 def merge(gatherer: Gatherer, n_batches: int, model: nn.Module) -> int:

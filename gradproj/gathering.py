@@ -42,8 +42,9 @@ def gather(
         raise InputError("there are no batches to read representations from; give at least one")
     if silent := gatherer.silent:
         raise InputError(
-            f"layer{'s' if len(silent) > 1 else ''} {', '.join(silent)} did not run in the forward pass, so what "
-            f"{'they see' if len(silent) > 1 else 'it sees'} is unknown: exclude what does not run, or give images"
+            f"layer{'s' if len(silent) > 1 else ''} {', '.join(silent)} did not run in the forward pass, or not in a "
+            f"known way (check() says so), so what {'they see' if len(silent) > 1 else 'it sees'} is unknown: "
+            "exclude what does not run, or give images; exclude and freeze what is used otherwise, or it may forget"
         )
     for key, part in gatherer.seen.items():
         if not part.is_finite:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.batches import Forward, Mask, in_eval_mode, masks, runner
-from gradproj.layers import Layer
+from gradproj.errors import InputError
+from gradproj.layers import Layer, Selection
 from gradproj.layers.uses import Uses, plain_paths
 from gradproj.normalization import is_normalization
 from gradproj.representation import Gatherer, Representation, SeenRows
@@ -26,6 +27,8 @@ class Memory(Protocol):
     model: nn.Module
     layers: dict[str, Layer]
     bases: dict[str, Tensor]
+    exclude: Selection
+    include: Selection | None
 
     @property
     def columns(self) -> dict[str, int]: ...
@@ -35,6 +38,36 @@ class Memory(Protocol):
 
     @property
     def unprotected(self) -> list[str]: ...
+
+
+def refuse_changed(memory: Memory, modules: Mapping[str, nn.Module]) -> None:
+    """Raise InputError where the protected layers are no longer what they were when the memory was made.
+
+    Args:
+        memory: whose layers.
+        modules: theirs, as they were, by name.
+    """
+    current = dict(memory.model.named_modules())
+    replaced = [name for name, module in modules.items() if current.get(name) is not module]
+    if replaced:
+        raise InputError(
+            f"module {', '.join(replaced)} was replaced since this memory was made, and the new one is not protected; "
+            "make a new memory (load_state_dict gives it these bases)"
+        )
+    trained = {id(p) for p in memory.model.parameters()}
+    made = [
+        n for n, layer in memory.layers.items() if any(p is not None and id(p) not in trained for p in layer.parameters)
+    ]
+    if made:
+        raise InputError(
+            f"the weight of {', '.join(made)} is no parameter of the model any more, but made of others (weight_norm, "
+            "prune or the like); make a new memory"
+        )
+    for key, d in memory.input_sizes.items():
+        if (basis := memory.bases[key]).ndim == 2 and len(basis) != d:
+            raise InputError(
+                f"layer {key} has {d} inputs, but had {len(basis)} when this memory was made; make a new one"
+            )
 
 
 def table(memory: Memory) -> str:

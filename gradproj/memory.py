@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 from gradproj.batches import Forward, Mask, as_batches
 from gradproj.concerns import what_can_forget, what_rounds, what_steps_past
-from gradproj.distributed import refuse_sharded
+from gradproj.distributed import checksum, refuse_sharded
 from gradproj.errors import FullLayerWarning, InputError, warn_caller
 from gradproj.files import load_tensors, save_tensors
 from gradproj.gathering import gather, passes
-from gradproj.inspection import Check, inspect, table
+from gradproj.inspection import Check, inspect, refuse_changed, table
 from gradproj.layers import Layer, Selection, find_layers
 from gradproj.normalization import frozen, normalization_parameters
 from gradproj.optimizers import (
     gradients,
     leaves_gradients,
     projected_updates,
+    trainers,
     unwrapped,
     watched_steps,
 )
@@ -30,7 +31,7 @@ from gradproj.projection import LayerProjector, layer_projector
 from gradproj.protection import Protection, projecting, watching
 from gradproj.representation import Gatherer, Representation, SeenRows
 from gradproj.subspace import FAST_THRESHOLD, RankRule, extend_basis, held_energy
-from gradproj.verification import Verification, leaks, verification
+from gradproj.verification import Verification, leaks, verification, what_moved
 
 MAX_MEMORY = 2 * 2**30  # bytes
 
@@ -86,12 +87,13 @@ class GradientProjectionMemory:
         self._hosts: dict[str, list[nn.Module]] = {}  # by layer name, in whose forward its weight is applied
         self._modules = {name: layer.module for name, layer in self.layers.items()}
         self._reference: dict[str, Tensor] = {}  # what could move, as it was when it was last remembered
-        self._frozen: set[str] = set()  # what could not
+        self._frozen: dict[str, int] = {}  # checksums of the parameters that could not
         self._steps = 0  # of optimisers since then
         self._protection: Protection | None = None  # while `protect` is open
         self._open: ExitStack | None = None  # what `start` opened
         self._projected: set[int] = set()  # ids of optimisers that `protect_update` sees to
         self._said: set[str] = set()
+        self._suspects = False  # whether something was said that moves what is remembered
         self._warn_of_what_can_forget()
 
     def __repr__(self) -> str:
@@ -276,7 +278,7 @@ class GradientProjectionMemory:
         self.bases = {key: bases[key] for key in self.bases}
         self.n_updates += 1
         self._steps = 0
-        self._reference, self._frozen = self._what_could_move(), self._frozen_names()
+        self._remember_weights()
         if new := [key or "the model" for key in self.full_layers if key not in before]:
             whole = len(self.full_layers) == len(self.bases)
             which = "every layer is" if whole else f"{', '.join(new)} {'are' if len(new) > 1 else 'is'}"
@@ -286,14 +288,20 @@ class GradientProjectionMemory:
                 FullLayerWarning,
             )
 
+    def _remember_weights(self) -> None:
+        self._reference, self._frozen = self._what_could_move(), self._what_is_frozen()
+
     def _what_could_move(self) -> dict[str, Tensor]:
         """A copy, on the CPU, of all parameters that are trained or protected, and of all buffers."""
         mine = {id(p) for p in self._protected_parameters()}
         moving = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad or id(p) in mine]
         return {name: value.detach().to("cpu", copy=True) for name, value in (*moving, *self.model.named_buffers())}
 
-    def _frozen_names(self) -> set[str]:
-        return {name for name, p in self.model.named_parameters() if not p.requires_grad}
+    def _what_is_frozen(self) -> dict[str, int]:
+        """Checksums of all other parameters."""
+        mine = {id(p) for p in self._protected_parameters()}
+        still = {n: p for n, p in self.model.named_parameters() if not p.requires_grad and id(p) not in mine}
+        return {name: checksum(p) for name, p in still.items() if not p.is_meta}
 
     def _thresholds(self, given: float | Mapping[str, float]) -> dict[str, float]:
         """ε of each layer, from one for all or one by name."""
@@ -338,21 +346,25 @@ class GradientProjectionMemory:
         projectors = {name: make(layer) for name, layer in self.layers.items()}
         with ExitStack() as stack:
             if self.n_updates and not self._reference:  # the memory was loaded
-                self._reference, self._frozen = self._what_could_move(), self._frozen_names()
+                self._remember_weights()
             if self.n_updates:
                 frozen_ones = [*self._normalization(), *(self._open_parameters() if freeze_unprotected else ())]
                 stack.enter_context(frozen(frozen_ones))
                 if concern := what_rounds(self.layers):
                     self._warn(concern)
             protection = stack.enter_context(projecting(projectors, self._hosts))
-            stack.enter_context(watching(self.model, protection, self._say_leaks))
-            for inner in (given := [] if optimizer is None else unwrapped(optimizer)):
+            stack.enter_context(watching(self.model, protection, self._say_of_the_first_pass))
+            projected: set[int] = set()
+            for inner in [] if optimizer is None else trainers(optimizer, self.model):
                 if leaves_gradients(inner, projectors.values()):
                     stack.enter_context(projected_updates(inner, projectors))
-            stack.enter_context(self._watching_optimizers(given, projectors if projector is None else {}))
+                    projected.add(id(inner))
+            orthogonal = projectors if projector is None else {}
+            stack.enter_context(self._watching_optimizers(projected, orthogonal))
             self._protection = protection
             try:
                 yield projectors
+                self._say_what_moved(orthogonal)
             finally:
                 self._protection = None
 
@@ -364,48 +376,52 @@ class GradientProjectionMemory:
         return [p for name, p in self.model.named_parameters() if name in names]
 
     @contextmanager
-    def _watching_optimizers(
-        self, given: Sequence[torch.optim.Optimizer], projectors: Mapping[str, LayerProjector]
-    ) -> Iterator[None]:
-        """Count the steps of optimisers, and look at the first of each.
+    def _watching_optimizers(self, projected: set[int], projectors: Mapping[str, LayerProjector]) -> Iterator[None]:
+        """Count the steps of optimisers, look at the first of each, and at what 1, 10, 100 … steps have moved.
 
         Args:
-            given: those whose updates are projected where needed.
+            projected: the ids of those whose updates are projected.
             projectors: which gradients must have gone through.
         """
         parameters = {id(p) for p in self._protected_parameters()} if any(self.columns.values()) else set()
-        known = {id(optimizer) for optimizer in given}
+        taken = 0
 
-        def count(_: torch.optim.Optimizer) -> None:
+        def count() -> None:
+            nonlocal taken
+            if taken and taken == 10 ** (len(str(taken)) - 1):
+                self._say_what_moved(projectors)
+            taken += 1
             self._steps += 1
 
-        def look(optimizer: torch.optim.Optimizer) -> None:
-            covered = id(optimizer) in known | self._projected
-            for concern in what_steps_past(optimizer, projectors.values(), covered):
-                self._warn(concern)
+        def look(optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
+            if id(optimizer) not in projected | self._projected:
+                for concern in what_steps_past(optimizer, projectors.values(), not has_closure):
+                    self._suspects = True
+                    self._warn(concern)
 
         with watched_steps(parameters, look, count):
             yield
 
+    def _say_what_moved(self, projectors: Mapping[str, LayerProjector]) -> None:
+        """Warn of what moved although its gradients were projected, unless what may move it was named before."""
+        if self._reference and not self._suspects:
+            layers = [project.layer for project in projectors.values()]
+            found = what_moved(self, layers, self._reference, self._frozen, self._steps)
+            self._say_leaks([f"{what} since task {self.n_updates}" for what in found])
+
+    def _say_of_the_first_pass(self, leaks: list[str]) -> None:
+        self._say_leaks(leaks)
+        self._warn_of_what_can_forget()  # again: statistics move only of modules in training mode, as they are now
+
     def _say_leaks(self, leaks: list[str]) -> None:
         for leak in leaks:
+            self._suspects = True
             self._warn(f"{leak}: old tasks may be forgotten through it")
 
     def _check_modules(self) -> None:
         """Raise InputError where protected modules are no longer what they were; warn of layers that came since."""
         refuse_sharded(self.model)
-        current = dict(self.model.named_modules())
-        replaced = [name for name, module in self._modules.items() if current.get(name) is not module]
-        if replaced:
-            raise InputError(
-                f"module {', '.join(replaced)} was replaced since this memory was made, and the new one is not "
-                "protected; make a new memory (load_state_dict gives it these bases)"
-            )
-        for key, d in self.input_sizes.items():
-            if (basis := self.bases[key]).ndim == 2 and len(basis) != d:
-                raise InputError(
-                    f"layer {key} has {d} inputs, but had {len(basis)} when this memory was made; make a new one"
-                )
+        refuse_changed(self, self._modules)
         self._warn_of_what_can_forget()
 
     def start(self, optimizer: Any | None = None, freeze_unprotected: bool = False) -> None:
@@ -489,6 +505,7 @@ class GradientProjectionMemory:
         """
         if not self._reference:
             raise InputError("there is nothing to compare with: update() or protect() comes first")
+        self._check_modules()
         return verification(self, self._reference, self._frozen, self._steps, forward, batch, mask)
 
     def leak(self, before: Mapping[str, Tensor]) -> dict[str, float | None]:

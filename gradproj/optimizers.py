@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gradproj.errors import InputError
 from gradproj.projection import LayerProjector, size
+
+STEP = ("lr", "momentum", "dampening", "nesterov", "maximize")  # what makes of gradients the step of SGD
 
 
 def unwrapped(optimizers: Any) -> list[torch.optim.Optimizer]:
@@ -24,6 +26,16 @@ def unwrapped(optimizers: Any) -> list[torch.optim.Optimizer]:
     """
     given = optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]
     return [_innermost(optimizer) for optimizer in given]
+
+
+def trainers(optimizers: Any, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """The torch optimisers that one or some optimisers are; raises InputError where none of them trains a model."""
+    found, mine = unwrapped(optimizers), {id(p) for p in model.parameters()}
+    if not any(id(p) in mine for inner in found for group in inner.param_groups for p in group["params"]):
+        raise InputError(
+            "optimizer holds no parameter of the model, so its steps cannot be projected; give the one that trains it"
+        )
+    return found
 
 
 def _innermost(optimizer: Any) -> torch.optim.Optimizer:
@@ -49,6 +61,12 @@ def leaves_gradients(optimizer: torch.optim.Optimizer, projectors: Iterable[Laye
     wanted = {id(p) for project in busy for p in project.layer.parameters if p is not None}
     if any(group["weight_decay"] and any(id(p) in wanted for p in group["params"]) for group in optimizer.param_groups):
         return "weight decay adds the weights to gradients"
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for project in busy:
+        groups = [group_of.get(id(p)) for p in project.layer.parameters if p is not None]
+        steps = [None if g is None else tuple(float(g[name]) for name in STEP) for g in groups]
+        if any(step != steps[0] for step in steps):
+            return f"weight and bias of {project.layer.name or 'the model'} take different steps"
     for project in busy:  # momentum of a task that goes on has been projected
         parameters = project.layer.parameters
         kept = [None if p is None else optimizer.state.get(p, {}).get("momentum_buffer") for p in parameters]
@@ -136,25 +154,26 @@ def gradients(project: LayerProjector) -> list[Tensor | None] | None:
 @contextmanager
 def watched_steps(
     parameters: Container[int],
-    first: Callable[[torch.optim.Optimizer], None],
-    each: Callable[[torch.optim.Optimizer], None],
+    first: Callable[[torch.optim.Optimizer, bool], None],
+    each: Callable[[], None],
 ) -> Iterator[None]:
     """Within this context the steps of every optimiser of some parameters are seen, before they are taken.
 
     Args:
         parameters: their ids.
-        first: called with an optimiser before its first step.
-        each: before each.
+        first: called before the first step of an optimiser with it, and whether the step makes gradients itself.
+        each: called before each step.
     """
     seen: set[int] = set()
 
-    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def look(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if not any(id(p) in parameters for group in optimizer.param_groups for p in group["params"]):
             return
-        each(optimizer)
+        each()
         if id(optimizer) not in seen:
             seen.add(id(optimizer))
-            first(optimizer)
+            closure = [*args[1:], *kwargs.values()]  # after the optimiser itself
+            first(optimizer, any(value is not None for value in closure))
 
     handle = register_optimizer_step_pre_hook(look)
     try:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from gradproj.layers import Layer
@@ -27,11 +26,18 @@ class _GradientSide(torch.autograd.Function):
             return tuple(None if p is None else p.view_as(p) for p in (weight, bias))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_weight: Tensor | None, grad_bias: Tensor | None):
         if ctx.project.first_size is None:
-            ctx.project.first_size = sum(g.norm() for g in (grad_weight, grad_bias) if g is not None)
+            ctx.project.first_size = sum(g.detach().norm() for g in (grad_weight, grad_bias) if g is not None)
         return *ctx.project(grad_weight, grad_bias), None
+
+
+def _by_plain_operations(weight: Tensor | None, bias: Tensor | None, project: LayerProjector) -> list[Tensor | None]:
+    """What _GradientSide does, inside transforms of torch.func, which take no such Function: p + P (p - p)."""
+    with torch._C.DisableTorchFunction():
+        zeros = project(*(None if p is None else p - p.detach() for p in (weight, bias)))
+        pairs = zip((weight, bias), zeros, strict=True)
+        return [None if p is None or zero is None else p.detach() + zero for p, zero in pairs]
 
 
 class _InputSide(torch.autograd.Function):
@@ -43,26 +49,27 @@ class _InputSide(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None, project: LayerProjector):
-        ctx.save_for_backward(inputs, weight)
-        ctx.project, ctx.has_bias = project, bias is not None
+        ctx.save_for_backward(inputs, weight, *(() if bias is None else (bias,)))
+        ctx.project = project
         with torch._C.DisableTorchFunction():
             return F.linear(inputs, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output: Tensor):
-        inputs, weight = ctx.saved_tensors
+        inputs, weight, *bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # gradients of gradients are projected like any other
+            weight = _GradientSide.apply(weight, *(bias or [None]), ctx.project)[0]
         grad_inputs = (grad_output @ weight.to(grad_output.dtype)).to(inputs.dtype) if ctx.needs_input_grad[0] else None
         dtype = product_dtype(weight.dtype)
         rows = inputs.reshape(-1, inputs.shape[-1]).to(dtype)  # (m, d)
-        if ctx.has_bias:
+        if bias:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         deltas = grad_output.reshape(-1, grad_output.shape[-1]).to(dtype)  # (m, o)
         if ctx.project.first_size is None:
-            ctx.project.first_size = deltas.norm() * rows.norm()
+            ctx.project.first_size = deltas.detach().norm() * rows.detach().norm()
         with full_float32(rows):
             grad = (deltas.T @ ctx.project.project_rows(rows)).to(weight.dtype)  # (o, d)
-        if ctx.has_bias:
+        if bias:
             return grad_inputs, grad[:, :-1], grad[:, -1], None
         return grad_inputs, grad, None, None
 
@@ -116,7 +123,7 @@ class _HostForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.protection.is_on or not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        if self.is_linear and not self.projects[0].is_full:
+        if self.is_linear and not self.projects[0].is_full and not torch._C._are_functorch_transforms_active():
             (inputs,) = (*args, *kwargs.values())
             weight, bias = self.module.weight, self.module.bias
             if inputs.numel() < weight.numel():
@@ -138,6 +145,8 @@ class _HostForward:
             return
         if project.is_full:  # the gradient is zero: do not compute it
             substitutes: Any = [None if p is None else p.detach() for p in (weight, bias)]
+        elif torch._C._are_functorch_transforms_active():
+            substitutes = _by_plain_operations(weight, bias, project)
         else:
             substitutes = _GradientSide.apply(weight, bias, project)
         for owner, name, p in _trained(project.layer):
@@ -205,6 +214,11 @@ def projecting(
                 module.forward = forward
 
 
+def _place(tensor: Tensor) -> int:
+    """Where a tensor's entries are, but inside transforms of torch.func, where that is not known."""
+    return 0 if torch._C._functorch.is_functorch_wrapped_tensor(tensor) else tensor.data_ptr()
+
+
 class Watch:
     """Looks at a model's first forward pass with gradients for what would undo the protection.
 
@@ -239,8 +253,7 @@ class Watch:
             owner = self.model.get_submodule(name.rpartition(".")[0])
             if self.before.get(name) != state and not hasattr(owner, "track_running_stats"):  # of those another warns
                 self.found[f"{name} is changed by the forward pass itself"] = None
-        if self.found:
-            self.say(list(self.found))
+        self.say(list(self.found))
 
     def close(self) -> None:
         """Look no more."""
@@ -252,7 +265,7 @@ class Watch:
         mine = {id(p) for project in self.protection.projectors.values() for p in project.layer.parameters}
         parameters = [(name, p) for name, p in self.model.named_parameters() if id(p) in mine]
         tensors = (*parameters, *self.model.named_buffers())
-        return {name: (id(tensor), tensor.data_ptr(), tensor._version) for name, tensor in tensors}
+        return {name: (id(tensor), _place(tensor), tensor._version) for name, tensor in tensors}
 
     def _used(self, layer: Layer, function: str) -> None:
         self.found[f"the weight of {layer.name or 'the model'} is also used by {function}, which is not projected"] = (

@@ -216,10 +216,13 @@ class Gatherer:
         return result
 
     def _see(self, layer: Layer, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-        if any(x.is_nested for x in layer.inputs(function, arguments)):
-            raise InputError(
-                f"layer {layer.name} is given a NestedTensor; give padded batches, and a mask of what counts"
-            )
+        for x in layer.inputs(function, arguments):
+            if x.is_nested:
+                raise InputError(
+                    f"layer {layer.name} is given a NestedTensor; give padded batches, and a mask of what counts"
+                )
+            if x.layout is not torch.strided:
+                raise InputError(f"layer {layer.name or 'the model'} is given a sparse tensor; give dense ones")
         if self._uses.running:
             hosts = self.hosts.setdefault(layer.name, [])
             if self._uses.running[-1] not in hosts:

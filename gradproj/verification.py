@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradproj.batches import Forward, Mask, in_eval_mode, masks, runner
+from gradproj.distributed import checksum
 from gradproj.errors import InputError
 from gradproj.inspection import Memory, aligned
-from gradproj.layers import Layer
+from gradproj.layers import Layer, kept_modules
 from gradproj.layers.uses import Uses, plain_paths
-from gradproj.projection import full_float32, size
+from gradproj.projection import size
 
 ROUNDINGS = 16  # a movement of so many roundings is still explained by them
+LEAK = 1e-3  # of a layer's movement; rounding puts less into a basis
 HELD = 1e-5  # inputs of which no larger share is outside a basis are all inside, as single precision sees it
 
 
@@ -46,7 +48,7 @@ class Verification:
         moved: of the model's outputs on the batch, ‖Δy‖ / ‖y‖.
         explained: what rounding of the weights, once a step, and of the outputs makes of that, about.
         layers: by name.
-        others: parameters without protection, and buffers, that have moved.
+        others: parameters without protection, and buffers, that have moved and on which these outputs depend.
     """
 
     moved: float
@@ -77,7 +79,7 @@ class Verification:
 def verification(
     memory: Memory,
     reference: Mapping[str, Tensor],
-    frozen: Container[str],
+    frozen: Mapping[str, int],
     steps: int,
     forward: Forward,
     batch: Any,
@@ -88,7 +90,7 @@ def verification(
     Args:
         memory: of the model.
         reference: its trained parameters and its buffers as they were then.
-        frozen: the names of parameters that were not trained.
+        frozen: checksums of the parameters that were not trained, by name.
         steps: that optimisers have taken since.
         forward, batch, mask: as in `verify`.
     """
@@ -124,22 +126,90 @@ def verification(
             if layer.name not in found or movement.moved > found[layer.name].moved:
                 found[layer.name] = movement
 
+    def result() -> list[Tensor]:
+        with the_same_random_numbers(devices):
+            return list(outputs(run(batch), which))
+
+    devices = {p.device.index for p in there.values() if p.is_cuda}
     with in_eval_mode(model), plain_paths():
-        after = list(outputs(run(batch), which))
+        after = result()
         with put(model, reference):
             with Uses(memory.layers.values(), use):
-                before = list(outputs(run(batch), which))
+                before = result()
             with put(model, shaken):
-                rounded = list(outputs(run(batch), which))
+                rounded = result()
+    if not before:
+        raise InputError("forward returns no floating-point tensors to compare; give a function that returns some")
     length = size(before) or 1.0
     moved = size([a - b for a, b in zip(after, before, strict=True)]) / length
     by_weights = size([a - b for a, b in zip(rounded, before, strict=True)]) / length
     explained = ROUNDINGS * max(by_weights, *roundings, 0.0)
     others = [n for n, v in now.items() if n not in covered and not torch.equal(v, reference[n].to(v))]
     others = [n for n in others if not n.endswith("num_batches_tracked")]
-    others += grown
-    others += [n for n, p in model.named_parameters() if p.requires_grad and n in frozen]
+    others += [n for n, p in model.named_parameters() if n in frozen and checksum(p) != frozen[n]]
+
+    def matters(names: Sequence[str]) -> bool:
+        with put(model, {name: reference.get(name, torch.zeros(())) for name in names}):
+            return not all(torch.equal(a, b) for a, b in zip(result(), after, strict=True))
+
+    with in_eval_mode(model), plain_paths():
+        others = [*_those_that(matters, others), *grown]
     return Verification(moved, explained, found, others)
+
+
+@torch.no_grad()
+def what_moved(
+    memory: Memory, layers: Iterable[Layer], reference: Mapping[str, Tensor], frozen: Mapping[str, int], steps: int
+) -> Iterator[str]:
+    """What is no longer as it was remembered, although training under protection leaves it so, as phrases.
+
+    Args:
+        memory: whose bases.
+        layers: whose gradients were made orthogonal to them.
+        reference, frozen, steps: as for `verification`.
+    """
+    there, unprotected = current(memory.model), set(memory.unprotected)
+    names = {id(p): name for name, p in memory.model.named_parameters()}
+    grown = {name for name, value in reference.items() if name in there and there[name].shape != value.shape}
+    for layer in layers:
+        parameters = layer.parameters
+        if any(names[id(p)] in grown for p in parameters if p is not None):
+            continue
+        moved = [None if p is None else p - reference[names[id(p)]].to(p) for p in parameters]
+        explained = _explained(layer, parameters, steps)
+        for key in layer.keys:
+            inside, length = (x.item() for x in layer.inside(key, memory.bases[key].to(layer.device), *moved))
+            if inside > max(LEAK * length, explained):
+                yield (
+                    f"{100 * inside / length:.2g} % of the movement of {key or 'the model'} is in remembered directions"
+                )
+    kept = kept_modules(memory.model, memory.exclude, memory.include)
+    protected = {id(p) for layer in memory.layers.values() for p in layer.parameters}
+    for name, value in there.items():
+        owner = name.rpartition(".")[0]
+        own_statistics = name not in names.values() and hasattr(kept.get(owner), "track_running_stats")
+        if owner not in kept or id(value) in protected or name in unprotected or own_statistics:
+            continue
+        if name in frozen and checksum(value) != frozen[name]:
+            yield f"{name} has changed, which was not trained"
+        elif name in reference and name not in grown and not torch.equal(value, reference[name].to(value)):
+            yield f"{name} has changed"
+
+
+def _those_that(matters: Callable[[Sequence[str]], bool], names: Sequence[str]) -> list[str]:
+    """The names that matter by themselves, found by halves."""
+    if not names or not matters(names):
+        return []
+    if len(names) == 1:
+        return list(names)
+    half = len(names) // 2
+    return [name for part in (names[:half], names[half:]) for name in _those_that(matters, part)]
+
+
+def _explained(layer: Layer, parameters: Sequence[Tensor | None], steps: int) -> float:
+    """How far so many roundings move a layer's weights, about."""
+    length = size([p for p in parameters if p is not None])
+    return ROUNDINGS * torch.finfo(layer.dtype).eps / 2 * max(1, steps) ** 0.5 * length
 
 
 @torch.no_grad()
@@ -152,9 +222,7 @@ def leaks(memory: Memory, before: Mapping[str, Tensor]) -> dict[str, float | Non
         moved = [None if p is None else p - before[names[id(p)]].to(p) for p in parameters]
         weights = size([p for p in parameters if p is not None])
         for key in layer.keys:
-            basis = memory.bases[key]
-            with full_float32(basis):
-                inside, length = (x.item() for x in layer.inside(key, basis.to(layer.device), *moved))
+            inside, length = (x.item() for x in layer.inside(key, memory.bases[key].to(layer.device), *moved))
             still = length <= 2 * torch.finfo(layer.dtype).eps * weights
             ratios[key] = None if still else inside / length
     return ratios
@@ -232,6 +300,18 @@ def _rounded(value: Tensor, now: Tensor, steps: int, generator: torch.Generator)
     return (value.double() + noise).to(value.dtype)
 
 
+@contextmanager
+def the_same_random_numbers(devices: Iterable[int]) -> Iterator[None]:
+    """Within this context random numbers are those of seed 0; afterwards they go on as they would have.
+
+    Args:
+        devices: GPUs that may draw some.
+    """
+    with torch.random.fork_rng(sorted(devices)):
+        torch.manual_seed(0)
+        yield
+
+
 def current(model: nn.Module) -> dict[str, Tensor]:
     """A model's parameters and buffers by name."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
@@ -256,6 +336,8 @@ def put(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
 def outputs(result: Any, mask: Tensor | None) -> Iterator[Tensor]:
     """The floating-point tensors in what a forward returns, where the mask says that they count."""
     if isinstance(result, Tensor):
+        if result.is_complex():
+            yield from outputs(torch.view_as_real(result), mask)
         if result.is_floating_point():
             axes = mask is not None and mask.shape == result.shape[: mask.ndim]
             yield result[mask].double() if axes else result.double()
@@ -265,3 +347,5 @@ def outputs(result: Any, mask: Tensor | None) -> Iterator[Tensor]:
     elif isinstance(result, (list, tuple)):
         for part in result:
             yield from outputs(part, mask)
+    elif is_dataclass(result):
+        yield from outputs([getattr(result, field.name) for field in fields(result)], mask)

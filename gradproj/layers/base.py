@@ -139,6 +139,10 @@ class Layer:
         """
         return [arguments["input"]]
 
+    def understands(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call of one of `functions` applies the weight as the module would."""
+        return True
+
     def outputs(
         self, function: Callable[..., Any], arguments: Mapping[str, Any], weight: Tensor | None, bias: Tensor | None
     ) -> list[Tensor]:
@@ -210,7 +214,7 @@ class Layer:
             basis: of it.
             weight, bias: the change of each, as far as it is trained.
         """
-        part = self.rows(weight, bias).chunk(self.groups)[self.keys.index(key)]  # (o / groups, d)
+        part = self.rows(weight, bias).chunk(self.groups)[self.keys.index(key)].double()  # (o / groups, d)
         return (part @ basis.to(part)).norm(), part.norm()
 
     def apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -31,6 +31,9 @@ class ConvolutionLayer(Layer):
         """Axes of an image."""
         return self.all_parameters[0].ndim - 2
 
+    def understands(self, arguments: Mapping[str, Any]) -> bool:
+        return arguments.get("groups", 1) == self.groups
+
     def signature(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
         geometry = tuple(repr(arguments.get(name)) for name in ("stride", "padding", "output_padding", "dilation"))
         return (*super().signature(arguments), self.groups, *self.all_parameters[0].shape[2:], *geometry)

@@ -127,5 +127,5 @@ class TiedEmbeddingLayer(EmbeddingLayer):
     def inside(self, key: str, basis: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         if key == self.name:
             return super().inside(key, basis, weight, bias)
-        rows = self.rows(weight, bias)
+        rows = self.rows(weight, bias).double()
         return (rows @ basis.to(rows)).norm(), rows.norm()

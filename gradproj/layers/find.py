@@ -53,7 +53,8 @@ def find_layers(model: nn.Module, exclude: Selection = (), include: Selection | 
         if others:
             layer = tied_layer(owners[id(weight)], dict(model.named_modules()))
             if layer is None or any(other not in modules for other in others):
-                raise InputError(f"layer {name} shares its weight with {', '.join(others)}; exclude both")
+                shared = ", ".join(other or "the model itself" for other in others)
+                raise InputError(f"layer {name} shares its weight with {shared}; exclude both")
             layers.setdefault(layer.name, layer)
         elif any((layer := kind(name, module)).trained):
             layers[name] = layer

@@ -82,7 +82,8 @@ class Uses(TorchFunctionMode):
             arguments = {**dict(zip(call.arguments, args, strict=False)), **kwargs}
             given = [self.alike.get(id(arguments.get(name))) for name in (call.weight, call.bias)]
             weight, bias = layer.all_parameters
-            if given[0] is weight and (arguments.get(call.bias) is None or given[1] is bias):
+            known = given[0] is weight and (arguments.get(call.bias) is None or given[1] is bias)
+            if known and layer.understands(arguments):
                 self.on_use(layer, func, arguments)
                 explained |= {id(weight), id(bias)}
         return explained
