@@ -44,7 +44,7 @@ class Hyperparameters(Options):
 
     # Tighter than for ten tasks, and tighter still later: there are twice as many tasks to disturb.
     threshold: tuple[float, ...] = flag((0.98,), "ε on the first task of the order: one value, or one a layer")
-    threshold_step: float = flag(0.001, "added to ε with every task learned")
+    threshold_step: float = flag(0.001, "added to ε with every task learned, up to 1")
     # A convolution has many patches an image, so few images already span what its inputs use.
     n_samples: int | str = flag(125, "training images that a layer's inputs are read from, or 'all'")
     samples: dict[str, int] = flag(

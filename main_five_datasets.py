@@ -48,7 +48,7 @@ class Hyperparameters(Options):
 
     # The tasks look so different that one ε for all of them leaves room for the last.
     threshold: tuple[float, ...] = flag((0.965,), "ε: one value, or one a layer")
-    threshold_step: float = flag(0.0, "added to ε with every task learned")
+    threshold_step: float = flag(0.0, "added to ε with every task learned, up to 1")
     # Deeper layers have larger inputs and fewer positions, so their patches need more images. A shortcut uses as many
     # as the 3x3 convolution that reads the same input.
     n_samples: int | str = flag(100, "training images that a layer's inputs are read from, or 'all'")

@@ -51,7 +51,7 @@ class Hyperparameters(Options):
     lr_factor: float = flag(3.0, "what lr is divided by")
 
     threshold: tuple[float, ...] = flag((0.985,), "ε: one value, or one a layer")
-    threshold_step: float = flag(0.0, "added to ε with every task learned")
+    threshold_step: float = flag(0.0, "added to ε with every task learned, up to 1")
     # As in 5-datasets: deeper layers have larger inputs and fewer positions, so their patches need more images.
     n_samples: int | str = flag(100, "training images that a layer's inputs are read from, or 'all'")
     samples: dict[str, int] = flag(

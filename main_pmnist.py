@@ -44,7 +44,7 @@ class Hyperparameters(Options):
 
     # Pixels are redundant, hidden units less so: the first layer may forget 5 % of its input energy, the others 1 %.
     threshold: tuple[float, ...] = flag((0.95, 0.99, 0.99), "ε: one value, or one for each of fc1, fc2 and fc3")
-    threshold_step: float = flag(0.0, "added to ε with every task learned")
+    threshold_step: float = flag(0.0, "added to ε with every task learned, up to 1")
     n_samples: int | str = flag(300, "training images that the layers' inputs are read from, or 'all'")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from dataloader.splits import TEST, VALIDATION, holdout, n_held_out, task_generator
+from dataloader.splits import ORDER, TEST, VALIDATION, holdout, n_held_out, task_generator
 from engine.task import LazyTasks, Split, Task
 from engine.torchvision import import_torchvision
 from gradproj.errors import InputError
@@ -51,6 +51,8 @@ def stream(data: Data, keys: tuple[str, str] = KEYS) -> Split:
         split = Split(torch.cat(images), torch.cat(labels))
     except InputError:
         raise
+    except UnreadableImage as error:
+        raise InputError(str(error)) from error
     except Exception as error:  # whatever a data set, its transform or a decoder raises
         hint = "images must come as tensors of one shape: give the data set a transform that resizes and converts them"
         reason = " ".join(str(error).split())[:200]
@@ -95,8 +97,17 @@ def task(
         parts["train"], parts["valid"] = (Split(images[index], labels[index]) for index in map(torch.from_numpy, rows))
     else:
         parts["valid"] = stream(valid, keys)
-    numbered = {part: Split(split.images, _numbered(split.labels, classes, name)) for part, split in parts.items()}
+    numbered = {
+        part: mixed(Split(split.images, _numbered(split.labels, classes, name))) for part, split in parts.items()
+    }
     return Task(name, len(classes), **numbered, classes=tuple(classes if names is None else names))
+
+
+def mixed(split: Split) -> Split:
+    """The same images in a fixed order that looks random: BatchNorm takes its statistics of each batch at test too, and
+    in the order in which data usually lie, class after class, a batch would hold one class."""
+    order = torch.from_numpy(task_generator(0, 0, ORDER).permutation(len(split.labels))).to(split.labels.device)
+    return Split(split.images[order], split.labels[order])
 
 
 def _numbered(labels: Tensor, classes: Sequence[int], name: str) -> Tensor:
@@ -162,7 +173,7 @@ def by_class(
         images, labels = part(train, rows, group)
         learned, held = map(torch.from_numpy, holdout(len(labels), pc_valid, task_generator(seed, t, VALIDATION)))
         parts = Split(images[learned], labels[learned]), Split(images[held], labels[held]), part(test, test_rows, group)
-        return Task(", ".join(map(str, group)), len(group), *parts, classes=tuple(group))
+        return Task(", ".join(map(str, group)), len(group), *map(mixed, parts), classes=tuple(group))
 
     return LazyTasks(len(groups), build)
 
@@ -179,8 +190,9 @@ def rows_of_classes(data: Data, classes: Sequence[Class], keys: tuple[str, str])
         label = names.index(name) if name in names else name
         rows[name] = np.flatnonzero(labels == label) if isinstance(label, (int, np.integer)) else np.empty(0, int)
         if not len(rows[name]):
-            there = ", ".join(map(str, names or np.unique(labels).tolist()))
-            raise InputError(f"there is no class {name}; there are: {there[:300]}")
+            there = ", ".join(str(other) for other in names or np.unique(labels).tolist() if other != "")
+            where = f" in {data.name}" if isinstance(getattr(data, "name", None), str) else ""
+            raise InputError(f"there is no class {name}{where}; there are: {there[:300]}")
     return rows
 
 
@@ -217,14 +229,35 @@ def image_folder(folder: str | Path, transform: Any) -> tuple[Dataset, Dataset |
         InputError: there is no such folder, or it has no images.
     """
     folder = Path(folder)
-    divided = (folder / "train").is_dir() and (folder / "test").is_dir()
+    if (folder / "train").is_dir() and (folder / "test").is_dir():
+        return _images_in(folder / "train", transform), _images_in(folder / "test", transform)
+    return _images_in(folder, transform), None
+
+
+def _images_in(folder: Path, transform: Any) -> Dataset:
+    """Folders without images, such as those that editors leave, are no classes."""
     try:
-        if divided:
-            return tuple(datasets.ImageFolder(str(folder / part), transform) for part in ("train", "test"))
-        return datasets.ImageFolder(str(folder), transform), None
+        found = datasets.ImageFolder(str(folder), transform, loader=_read_image, allow_empty=True)
+        if not len(found):
+            raise OSError("there are none in its folders")
     except (OSError, RuntimeError) as error:  # RuntimeError: of older versions
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"no images in {folder} ({reason}); it must hold a folder of images for each class") from error
+    filled = {label for _, label in found.samples}
+    found.name = str(folder)
+    found.classes = [name if label in filled else "" for label, name in enumerate(found.classes)]
+    return found
+
+
+class UnreadableImage(Exception):
+    """A file that is no image, or a damaged one."""
+
+
+def _read_image(path: str) -> Any:
+    try:
+        return datasets.folder.default_loader(path)
+    except (OSError, SyntaxError, ValueError) as error:  # as Pillow's decoders raise
+        raise UnreadableImage(f"cannot read {path}: it is damaged, or no image; replace it or take it away") from error
 
 
 def read_groups(path: str | Path) -> list[list[str]]:

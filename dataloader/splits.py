@@ -13,7 +13,7 @@ from engine.task import Split, Task
 from gradproj.errors import InputError
 
 # What a generator is for is part of its seed, so that two choices of one task never share their numbers.
-PERMUTATION, VALIDATION, CLASS_ORDER, TEST = range(4)
+PERMUTATION, VALIDATION, CLASS_ORDER, TEST, ORDER = range(5)
 
 
 def task_generator(seed: int, t: int, purpose: int) -> np.random.Generator:
@@ -60,7 +60,7 @@ def n_held_out(n: int, fraction: float) -> int:
 def holdout(n: int, fraction: float, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Split n positions at random into (train, valid), both ascending.
 
-    Ascending keeps the content order of what is split, which `content_order` has already made random-like.
+    Ascending keeps the order of what is split: of the published sets, that of `content_order`, which looks random.
     """
     shuffled = generator.permutation(n)
     n_valid = n_held_out(n, fraction)

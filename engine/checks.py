@@ -14,6 +14,7 @@ from engine.task import PARTS, Benchmark, Split, Task
 from gradproj.errors import InputError
 
 WORDS = {"train": "training", "valid": "validation", "test": "test"}
+SIZES = ("batch_size_train", "batch_size_test", "n_samples", "memory_images", "region_images")  # that may be 1
 NO_FOLDER = frozenset('/\\:*?"<>|')  # in no folder's name, on any system
 
 
@@ -122,7 +123,7 @@ def check_fits(model: nn.Module, task: Task, t: int, options: Options) -> None:
         t: its number.
         options: the batch sizes.
     """
-    name = type(model).__name__
+    name = _called(model)
     model.eval()
     _check_single_images(model, task, t, options)
     known = set()
@@ -147,16 +148,31 @@ def check_fits(model: nn.Module, task: Task, t: int, options: Options) -> None:
 
 def _check_single_images(model: nn.Module, task: Task, t: int, options: Options) -> None:
     """Raise InputError where there would be batches of one image, and BatchNorm refuses them."""
-    alone = [
-        f"{name} is 1" for name in ("batch_size_train", "batch_size_test", "n_samples") if getattr(options, name) == 1
-    ]
-    alone += [f"{task.name} has a single {part} image" for part in PARTS if len(getattr(task, part).labels) == 1]
-    if alone:
-        try:
-            model(task.train.images[:1], t)
-        except ValueError as error:  # BatchNorm's
-            why = f"the network cannot take an image alone ({error})"
-            raise InputError(f"{'; '.join(alone)}; it must be 2 or more, since {why}") from error
+    alone = [f"{name} is 1" for name in SIZES if getattr(options, name, None) == 1]
+    parts = [part for part in PARTS if len(getattr(task, part).labels) == 1]
+    alone += [f"{task.name} has 1 {WORDS[part]} image" for part in parts]
+    if not alone or not _takes(model, task.train.images[:1].repeat_interleave(2, dim=0), t):  # as will be said
+        return
+    try:
+        model(task.train.images[:1], t)
+    except ValueError as error:  # BatchNorm's
+        hint = " (a larger pc_valid holds out more for validation)" if "valid" in parts else ""
+        why = f"the network cannot take an image alone ({error})"
+        raise InputError(f"{'; '.join(alone)}; it must be 2 or more{hint}, since {why}") from error
+
+
+def _takes(model: nn.Module, images: Tensor, t: int) -> bool:
+    try:
+        model(images, t)
+    except Exception:
+        return False
+    return True
+
+
+def _called(model: nn.Module) -> str:
+    """What a network is called: by its name, if it has one, else by its class."""
+    name = getattr(model, "name", None)
+    return name if isinstance(name, str) else type(model).__name__
 
 
 def cannot_take(model: nn.Module, task: Task, t: int, images: Tensor, error: Exception) -> str:
@@ -169,4 +185,4 @@ def cannot_take(model: nn.Module, task: Task, t: int, images: Tensor, error: Exc
     elif images.dtype != dtype:
         hint = f"; the network's weights are {str(dtype).removeprefix('torch.')}: give images.to({dtype})"
     found = f"{task.name} (task {t + 1}, images {described(images)})"
-    return f"{type(model).__name__} cannot take {found}: {type(error).__name__}: {reason}{hint}"
+    return f"{_called(model)} cannot take {found}: {type(error).__name__}: {reason}{hint}"

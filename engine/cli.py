@@ -15,7 +15,7 @@ from engine import hardware
 from engine.distributed import is_first_to_say, joined
 from engine.interrupts import Stopped, stoppable
 from engine.method import Method
-from engine.options import Options, check, default_of, defaults, inherited, is_read, with_flags
+from engine.options import Options, check, default_of, defaults, inherited, is_read, told, with_flags
 from engine.progress import tolerate_consoles
 from gradproj.errors import DivergenceError, InputError
 
@@ -62,6 +62,8 @@ def parse(
     path = given.pop("config", None)
     saved = {} if path is None else read_config(Path(path), options, methods, parser)
     name = given.get("method", saved.get("method", default_of(options.__dataclass_fields__["method"])))
+    if name not in methods:
+        raise InputError(f"method is {name!r}; it must be one of {', '.join(methods)}")
     method = methods[name]
     kind = with_flags(options, method)
     names = {field.name for field in dataclasses.fields(kind) if is_read(field, method)}
@@ -76,6 +78,7 @@ def parse(
     protocol = given.get("protocol", saved.get("protocol"))
     made = kind(**defaults(options, method, protocol) | kept | values | {"method": name})
     check(made)
+    method.refuse(made)
     return made, method
 
 
@@ -111,8 +114,8 @@ def readers(flag: str, options: type[Options], methods: Methods) -> list[str]:
 def add_flag(parser: Any, field: dataclasses.Field, options: type[Options], methods: Methods) -> None:
     """Add one field of an options dataclass to a parser or a group of one."""
     default = default_of(field)
-    arguments = {**inherited(field).metadata["parser"], **field.metadata["parser"]}
-    help = field.metadata["help"].replace("%", "%%")
+    arguments = {**told(inherited(field))["parser"], **told(field)["parser"]}
+    help = told(field)["help"].replace("%", "%%")
     if shown := _shown_default(field, options, methods):
         help += f" (default: {shown})"
     if isinstance(default, bool):
@@ -120,7 +123,7 @@ def add_flag(parser: Any, field: dataclasses.Field, options: type[Options], meth
     elif field.name == "method":
         arguments["choices"] = tuple(methods)
     elif isinstance(default, tuple):
-        arguments.update(nargs="+", type=type(default[0]))
+        arguments.update(nargs="+", type=type(default[0]) if default else float)
     elif default is not None:
         arguments.setdefault("type", type(default))
     else:
@@ -170,6 +173,10 @@ def _shown_default(field: dataclasses.Field, options: type[Options], methods: Me
 def _in_kind(field: dataclasses.Field, given: Mapping[str, Any]) -> Any:
     """A parsed value in the kind of the field's default: argparse makes lists of what has several values."""
     value = given[field.name]
+    if isinstance(value, list) and isinstance(default_of(field), dict) and len(dict(value)) < len(value):
+        names = [name for name, _ in value]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{field.name} names {twice} twice; give each layer one count")
     return type(default_of(field))(value) if isinstance(value, list) else value
 
 
@@ -183,9 +190,13 @@ def read_config(path: Path, options: type[Options], methods: Methods, parser: Pa
         SystemExit: a value that its flag would not take either.
     """
     try:
-        values = dict(json.loads(path.read_text(encoding="utf-8"))["hyperparameters"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is not the config.json of a run: {error!r}") from error
+        values = json.loads(path.read_text(encoding="utf-8"))["hyperparameters"]
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}); give the config.json of a run") from error
+    except (ValueError, KeyError, TypeError, RecursionError):
+        values = None
+    if not isinstance(values, dict) or not values:
+        raise InputError(f"{path} is not the config.json of a run: it has no hyperparameters")
     name = values.get("method", default_of(options.__dataclass_fields__["method"]))
     if not isinstance(name, str) or name not in methods:
         raise InputError(f"{path} is of method {name!r}; known are: {', '.join(methods)}")
@@ -212,7 +223,9 @@ def read_config(path: Path, options: type[Options], methods: Methods, parser: Pa
             flags += [f"--{name}", *map(str, value)]
         else:
             flags.append(f"--{name}={value}")
-    parsed = vars(parser.parse_args(flags))
+    usage, parser.prog = parser.prog, f"{parser.prog}: {path}"
+    parsed = vars(parser.parse_args(flags))  # an error names the file, since nobody typed these flags
+    parser.prog = usage
     return empty | {name: _in_kind(read[name], parsed) for name in parsed}
 
 
@@ -241,4 +254,9 @@ def script(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
     except (InputError, DivergenceError, Stopped) as error:
         say(f"error: {error}")
         sys.exit(error.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not hardware.is_out_of_memory(error):
+            raise
+        say("error: there is not enough memory for this network, its batches or its images; choose smaller ones")
+        sys.exit(InputError.exit_code)
     sys.exit(0)

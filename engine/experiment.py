@@ -26,7 +26,7 @@ from engine.folder import (
 from engine.interrupts import Stopped, deferred, stoppable
 from engine.loading import describe, describe_model
 from engine.method import Method
-from engine.options import Options, check, hyperparameters, overridden, results_options, variant
+from engine.options import Options, hyperparameters, overridden, results_options, variant
 from engine.progress import Progress, print_result, tolerate_consoles
 from engine.run_tasks import RunTasks
 from engine.same import check_same, of_summary
@@ -61,7 +61,6 @@ def run(options: Options, benchmark: Benchmark, model: nn.Module, method: Method
         Stopped: by SIGTERM or SIGINT; the last epoch boundary is saved.
     """
     tolerate_consoles()
-    check(options)
     check_belonging(options, model, method)
     distributed.check_shareable(method)
     threads = torch.get_num_threads()
@@ -164,11 +163,12 @@ class Run:
     def learn(self, t: int) -> None:
         """Train on task t, let the method remember it, and test all tasks so far."""
         task = join(self.tasks, self.options.n_tasks) if self.method.joint else self.tasks[t]
+        began = time.perf_counter()
         if self.task_progress is None:
             self.task_progress = TaskProgress.beginning(self.options)
             self.method.before_task(t, task)
         with self.method.learning(t, task):
-            train_task(self.method, t, task, self.task_progress, self.epoch_done)
+            train_task(self.method, t, task, self.task_progress, self.epoch_done, began)
         began = time.perf_counter()
         self.method.after_task(t, task)
         memory_seconds = time.perf_counter() - began
@@ -335,7 +335,7 @@ class Run:
             "method": method.name,
             "title": method.title or method.name,
             "place": method.place,
-            "task_identity": method.task_identity,
+            "task_identity": method.task_identity or options.batchnorm == "task",
             "variant": variant(options, method),
             "seed": options.seed,
             "protocol": options.protocol,

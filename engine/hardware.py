@@ -105,3 +105,8 @@ def commit() -> str | None:
 def versions() -> dict[str, str]:
     """The versions that a number depends on."""
     return {"python": platform.python_version(), "torch": torch.__version__}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the machine, has no memory left for a tensor."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -122,12 +122,15 @@ def find(place: str) -> Any:
 
 def find_method(config: dict[str, Any]) -> type[Method]:
     """The method that a run's config.json names."""
-    name = config["hyperparameters"]["method"]
     try:
         # An older config names no class; its method is one of those that come with the engine.
-        return find(config["method"]) if "method" in config else find("methods.METHODS")[name]
-    except (ImportError, AttributeError, KeyError, ValueError) as error:
-        raise InputError(f"cannot find the class of method {name} ({error!r}); give load_run the class") from error
+        named = config.get("method")
+        found = find(named) if named else find("methods.METHODS")[config["hyperparameters"]["method"]]
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"cannot find the class of the run's method ({error!r}); give load_run the class") from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise InputError(f"{named} is no method; give load_run the class")
+    return found
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
@@ -142,7 +145,7 @@ def make_model(description: dict[str, Any]) -> nn.Module:
     """A model from its class and constructor arguments."""
     try:
         made = find(description["class"])(**description["arguments"])
-    except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ImportError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"cannot build the model {description} ({error!r}); give load_run the model") from error
     if not isinstance(made, nn.Module):
         raise InputError(f"{description['class']} is not a model")

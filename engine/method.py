@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from engine import state
 from engine.heads import task_modules
-from engine.options import Options, complete
+from engine.options import Options, check, complete
 from engine.task import Task
 from gradproj import GradientProjectionMemory
 from gradproj.errors import InputError
@@ -80,12 +80,18 @@ class Method:
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model = model
         self.options = complete(options, type(self))
+        check(self.options)
+        self.refuse(self.options)
         self.lr = self.options.lr
         self.given = frozenset(name for name, _ in model.named_parameters())
         self.task_modules = task_modules(model, self.options.n_tasks)
         if reason := why_not(type(self), many_heads=bool(self.task_modules)):
             found = "a head for each task" if self.task_modules else "one for all"
             raise InputError(f"{self.name} {reason}; {type(model).__name__} has {found}")
+
+    @classmethod
+    def refuse(cls, options: Options) -> None:
+        """Raise InputError for options that the method cannot use; asked before data and network are made."""
 
     def before_task(self, t: int, task: Task) -> None:
         """Task t begins; not called again when a run is continued within it."""

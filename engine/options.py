@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from gradproj.errors import InputError
 
 SomeOptions = TypeVar("SomeOptions", bound="Options")
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 LARGEST = 3.4e38  # of any number: float32 has none beyond
 
 
@@ -56,6 +57,7 @@ def flag(
         "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
         "parser": parser_arguments,
     }
+    default = tuple(default) if isinstance(default, list) else default
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -128,7 +130,7 @@ class Options:
         above=0,
         maximum=1,
     )
-    threshold_step: float = flag(0.0, "added to ε with every task learned", read_by_some=True)
+    threshold_step: float = flag(0.0, "added to ε with every task learned, up to 1", read_by_some=True)
     n_samples: int | str = flag(
         125,
         "training images that a layer's inputs are read from, or 'all'",
@@ -236,7 +238,7 @@ def complete(options: Options, method: MethodType) -> Options:
 
 def is_read(field: dataclasses.Field, method: MethodType) -> bool:
     """Whether a run by this method reads a field of its options."""
-    return field.name in method.reads or not inherited(field).metadata["read_by_some"]
+    return field.name in method.reads or not told(inherited(field))["read_by_some"]
 
 
 def inherited(field: dataclasses.Field) -> dataclasses.Field:
@@ -244,12 +246,18 @@ def inherited(field: dataclasses.Field) -> dataclasses.Field:
     return Options.__dataclass_fields__.get(field.name, field)
 
 
+def told(field: dataclasses.Field) -> Mapping[str, Any]:
+    """What `flag` was told of a field; where a script gives a plain default, of the field that it overrides."""
+    nothing = {"help": "", "affects_results": True, "read_by_some": False, "bounds": {}, "parser": {}}
+    return field.metadata or inherited(field).metadata or nothing
+
+
 def overridden(options: Options, method: MethodType) -> list[str]:
     """A line for each value of the script that gives way to the method's own."""
     usual = defaults(type(options), method, options.protocol)
     scripts = _script_defaults(script_options(type(options)), options.protocol)
     return [
-        f"{name} is {_short(usual[name])}, {method.name}'s own, instead of the script's {_short(value)}"
+        f"{name} is {short(usual[name])}, {method.name}'s own, instead of the script's {short(value)}"
         for name, value in scripts.items()
         if name != "method" and usual[name] != value and getattr(options, name) == usual[name]
     ]
@@ -258,6 +266,7 @@ def overridden(options: Options, method: MethodType) -> list[str]:
 def check(options: Options) -> None:
     """Raise InputError, in one line, for values that no run can use."""
     for field in dataclasses.fields(options):
+        _check_kind(field, getattr(options, field.name))
         _check_bounds(field, getattr(options, field.name))
     for name in ("output_dir", "run_folder", "data_dir"):
         _require(getattr(options, name) != "", name, "empty", "the path of a folder")
@@ -274,10 +283,10 @@ def check(options: Options) -> None:
     last = options.threshold_step * ((options.n_tasks or 1) - 1)  # None: as many as the script finds
     for threshold in options.threshold:
         _require(
-            0 < threshold + last <= 1 + 1e-12,
+            threshold + last > 0,
             f"threshold {threshold} with {options.threshold_step} (threshold_step) more for each later task",
             round(threshold + last, 6),
-            "in (0, 1]",
+            "positive",
         )
 
 
@@ -285,9 +294,37 @@ def _script_default(options: Options, name: str) -> Any:
     return default_of(type(options).__dataclass_fields__[name])
 
 
+def _check_kind(field: dataclasses.Field, value: Any) -> None:
+    """Raise InputError for a value of another kind than its field's, or none of its choices: the command line lets none
+    through, but a script's own defaults are anybody's."""
+    known = inherited(field)
+    choices = told(field)["parser"].get("choices") or told(known)["parser"].get("choices")
+    if choices is not None:
+        _require(value in choices, field.name, repr(value), f"one of {', '.join(map(str, choices))}")
+        return
+    usual = default_of(known)
+    if value is None and (usual is None or "None" in str(field.type)):
+        return
+    if field.name == "n_samples":
+        _require(value == "all" or _is_a(int, value), field.name, repr(value), "a whole number or 'all'")
+    elif isinstance(usual, tuple):
+        fine = isinstance(value, tuple) and value and all(_is_a(type(usual[0]), part) for part in value)
+        _require(bool(fine), field.name, repr(value), f"a tuple such as {usual}")
+    elif isinstance(usual, dict):
+        fine = isinstance(value, dict) and all(_is_a(int, count) for count in value.values())
+        _require(fine, field.name, repr(value), "a dict of a whole number by layer")
+    elif usual is not None:
+        _require(_is_a(type(usual), value), field.name, repr(value), KINDS[type(usual)])
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    """Whether a value is of a kind; whole numbers are numbers, and truth values are not."""
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
 def _check_bounds(field: dataclasses.Field, value: Any) -> None:
     """Raise InputError where a number, or one of several, is out of its field's bounds or beyond float32's."""
-    bounds = field.metadata["bounds"] or inherited(field).metadata["bounds"]
+    bounds = told(field)["bounds"] or told(inherited(field))["bounds"]
     above, minimum, below, maximum = map(bounds.get, ("above", "minimum", "below", "maximum"))
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
@@ -320,7 +357,7 @@ def hyperparameters(options: Options, method: MethodType) -> dict[str, Any]:
 
 def results_options(options: Options, method: MethodType) -> dict[str, Any]:
     """Those of them that decide the run's numbers."""
-    decisive = {f.name for f in dataclasses.fields(options) if f.metadata["affects_results"]}
+    decisive = {f.name for f in dataclasses.fields(options) if told(f)["affects_results"]}
     return {name: value for name, value in hyperparameters(options, method).items() if name in decisive}
 
 
@@ -328,7 +365,7 @@ def variant(options: Options, method: MethodType) -> str:
     """The name of a run's kind: `default`, or the hyperparameters that differ from the defaults, shortened."""
     usual = defaults(type(options), method, options.protocol)
     parts = [
-        f"{name}={_short(value)}"
+        f"{name}={short(value)}"
         for name, value in results_options(options, method).items()
         if name not in ("method", "seed", "data") and value != usual[name]  # these the folder is named by
     ]
@@ -336,7 +373,8 @@ def variant(options: Options, method: MethodType) -> str:
     return name if len(name) <= 120 else f"{name[:100]}~{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A hyperparameter's value as it stands in the name of a variant."""
     if isinstance(value, dict):
         return "+".join(f"{key}{count}" for key, count in value.items())
     if isinstance(value, (tuple, list)):

@@ -17,7 +17,9 @@ from engine.task import Task
 from gradproj.errors import DivergenceError, InputError
 
 
-def train_task(method: Method, t: int, task: Task, progress: TaskProgress, on_epoch: Callable[[Epoch], None]) -> None:
+def train_task(
+    method: Method, t: int, task: Task, progress: TaskProgress, on_epoch: Callable[[Epoch], None], began: float
+) -> None:
     """Learn task t; with the plateau schedule the weights of the best validation loss are left in the model.
 
     Args:
@@ -26,6 +28,8 @@ def train_task(method: Method, t: int, task: Task, progress: TaskProgress, on_ep
         progress: from `TaskProgress.beginning`, or where an interrupted run left off; kept up to date at every epoch
             boundary.
         on_epoch: called at every epoch boundary with the epoch's numbers.
+        began: time.perf_counter() when the method was told of the task: the first epoch's time includes what it
+            prepares.
     Raises:
         InputError: the plateau schedule without validation images.
         DivergenceError: a loss is infinite or NaN; `progress` is that of the boundary before.
@@ -47,7 +51,7 @@ def train_task(method: Method, t: int, task: Task, progress: TaskProgress, on_ep
             progress.start = progress.weights
     steps = make_steps(method, optimizer, t, task)
     while progress.epoch < options.n_epochs and not (plateau and schedule.finished):
-        began, lr, epoch = time.perf_counter(), schedule.lr, progress.epoch
+        lr, epoch = schedule.lr, progress.epoch
         method.lr = lr
         set_learning_rate(optimizer, lr, start=options.lr)
         train_loss = steps.epoch(seeded_order(method, t, epoch, task.train.labels), lr)
@@ -64,5 +68,6 @@ def train_task(method: Method, t: int, task: Task, progress: TaskProgress, on_ep
             progress.epoch += 1
             seconds = time.perf_counter() - began
             on_epoch(Epoch(t, epoch + 1, lr, train_loss, train_accuracy, valid_loss, valid_accuracy, seconds))
+        began = time.perf_counter()
     if progress.best is not None:
         method.load_weights(progress.best)

@@ -26,7 +26,8 @@ class AGEM(Replay):
 
     def backward(self, images: Tensor, labels: Tensor, t: int) -> Tensor:
         mean_loss = super().backward(images, labels, t)
-        replayed, _ = self.replayed_loss()
+        with self.precision(images.device):
+            replayed, _ = self.replayed_loss()
         if replayed is None:
             return mean_loss
         parameters = self.parameters(t)

@@ -54,10 +54,13 @@ class CODECL(SidePathGPM):
     }
     state = ("memory", "strengths", "shifts")
 
-    def __init__(self, model: nn.Module, options: Options) -> None:
-        super().__init__(model, options)
+    @classmethod
+    def refuse(cls, options: Options) -> None:
         if options.n_samples == "all":
             raise InputError("n_samples is all; code_cl holds the inputs of all samples at once: give a number")
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        super().__init__(model, options)
         self.strengths = {key: basis.new_zeros(0) for key, basis in self.memory.bases.items()}  # eigenvalues of C
         self.shifts: list[dict[str, list[Tensor]]] = []  # by task and key, U and S - I
 

@@ -44,10 +44,18 @@ class CUBER(TRGP):
     graph_step = False
     state = (*TRGP.state, "gradients", "helping", "before")
 
-    def __init__(self, model: nn.Module, options: Options) -> None:
-        super().__init__(model, options)
+    @classmethod
+    def refuse(cls, options: Options) -> None:
         if options.n_samples == "all":
             raise InputError("n_samples is all; cuber makes one gradient of all samples at once: give a number")
+        if options.momentum:
+            raise InputError(
+                f"momentum is {options.momentum:g}; cuber closes directions while a task is learned, in which momentum "
+                "would go on moving: give 0"
+            )
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        super().__init__(model, options)
         self.gradients: list[dict[str, Tensor]] = []  # by task and key, G (o, d) at its learned weights
         self.helping: dict[str, list[int]] = {}  # by key, the regions j in which W moves at the moment
         self.before: dict[str, dict[int, Tensor]] = {}  # by key and j, W_{t-1} B_j of those that began as such
@@ -76,30 +84,30 @@ class CUBER(TRGP):
 
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
-        self.close()
+        self.make_projectors()
         with super().learning(t, task):
             yield
 
-    def close(self) -> None:
+    def make_projectors(self) -> None:
         """Make what the gradients of layers whose weights help go through: all but what helped tasks alone use."""
-        self.helped = {(key, j): self.span(key, j) for key, js in self.helping.items() for j in js}
-        bases = {key: self.memory.bases[key][:, self.closed(key)] for key in self.helping}
+        self.helping_spans = {(key, j): self.span(key, j) for key, js in self.helping.items() for j in js}
+        bases = {key: self.memory.bases[key][:, self.protected_columns(key)] for key in self.helping}
         layers = {name: layer for name, layer in self.memory.layers.items() if layer.keys[0] in bases}
         self.late_projectors = {name: layer_projector(layer, bases) for name, layer in layers.items()}
 
-    def closed(self, key: str) -> list[int]:
+    def protected_columns(self, key: str) -> list[int]:
         """The columns of M that hold what tasks use that are not helped."""
         others = [region[key].tolist() for j, region in enumerate(self.regions) if j not in self.helping.get(key, [])]
         return sorted({i for columns in others for i in columns})
 
     def backward(self, images: Tensor, labels: Tensor, t: int) -> Tensor:
         loss = super().backward(images, labels, t)
-        gradients = gradient_rows(self.memory.layers) if self.helped else {}
+        gradients = gradient_rows(self.memory.layers) if self.helping_spans else {}
         helping = {key: self.agreeing(key, gradients[key], js) if js else js for key, js in self.helping.items()}
         if helping != self.helping:  # help no more whom this step's gradients, not yet projected, disagree with
             self.helping = helping
-            self.close()
-        if self.helped:
+            self.make_projectors()
+        if self.helping_spans:
             self.movement().backward()
         self.memory.project_gradients(self.late_projectors)
         return loss
@@ -107,7 +115,7 @@ class CUBER(TRGP):
     def movement(self) -> Tensor:
         """λ Σ ‖(W - W_{t-1}) B_j‖ over the tasks that are helped."""
         weights = weight_rows(self.memory.layers)
-        moved = [weights[key] @ B - self.before[key][j] for (key, j), B in self.helped.items()]
+        moved = [weights[key] @ B - self.before[key][j] for (key, j), B in self.helping_spans.items()]
         return self.options.cuber_lambda * sum(part.norm() for part in moved)
 
     def after_task(self, t: int, task: Task) -> None:
@@ -118,4 +126,4 @@ class CUBER(TRGP):
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         super().load_state_dict(saved)
-        self.close()
+        self.make_projectors()

@@ -152,5 +152,10 @@ class FSDGPM(GPM, Replay):
 
     def representative(self, t: int, train: Split) -> tuple[Iterable[Tensor], dict[str, int]]:
         n = len(self.reservoir) if self.options.n_samples == "all" else self.options.n_samples
-        images, _, _ = self.reservoir.draw(n, False, generator(self.options.seed, "samples", t))
-        return [images], self.samples
+        images, _, tasks = self.reservoir.draw(n, False, generator(self.options.seed, "samples", t))
+        if not has_batch_statistics(self.model):
+            return [images], self.samples
+        # A test batch is of one task, and BatchNorm normalises by it.
+        parts = [images[(tasks == j).to(images.device)] for j in tasks.unique().tolist()]
+        parts = [part for part in parts if len(part) > 1] or parts
+        return parts, {name: -(-count // len(parts)) for name, count in self.samples.items()}

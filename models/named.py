@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class Named(nn.Module):
 
     def __init__(self, name: str, n_classes: list[int]) -> None:
         super().__init__()
+        self.name = name
         self.arguments = dict(name=name, n_classes=n_classes)  # for engine.load_run
         self.features, n_features = features(name)
         self.heads = nn.ModuleList(nn.Linear(n_features, n) for n in n_classes)
@@ -69,9 +71,11 @@ def from_timm(name: str, models) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        known = ", ".join(models.list_models(module=models))
+        known = models.list_models(module=models)
+        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5) or known[:3]
         raise InputError(
-            f"torchvision has no network {name!r}, and timm is not installed; torchvision has: {known}"
+            f"torchvision has no network {name!r}, and timm is not installed; torchvision has {', '.join(near)} and "
+            f"{len(known) - len(near)} others (torchvision.models.list_models())"
         ) from error
     try:
         return timm.create_model(name, num_classes=0)

@@ -28,16 +28,19 @@ from report.tables import FORMATS
 
 def collect(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Copy summaries to FOLDER/DATA/BENCHMARK/METHOD/VARIANT/seed-N.json, without the paths of this machine."""
-    written = []
+    places: dict[Path, Run] = {}
     for run in runs:
+        parts = (run.summary["data"]["kind"], *(run.summary[name] for name in ("benchmark", "method", "variant")))
+        path = folder.joinpath(*map(_file_name_part, parts), f"seed-{run.summary['seed']}.json")
+        if other := places.get(path):
+            raise InputError(f"{other.path} and {run.path} would both be {path}: collect one of them")
+        places[path] = run
+    for path, run in places.items():
         summary = {name: value for name, value in run.summary.items() if name != "folder"}
         options = summary.get("hyperparameters", {})
         summary["hyperparameters"] = {name: value for name, value in options.items() if name not in LOCAL_ONLY}
-        parts = (summary["data"]["kind"], summary["benchmark"], summary["method"], summary["variant"])
-        path = folder.joinpath(*map(_file_name_part, parts), f"seed-{summary['seed']}.json")
         write_json(path, summary)
-        written.append(path)
-    return written
+    return list(places)
 
 
 def _file_name_part(text: str) -> str:
@@ -45,7 +48,7 @@ def _file_name_part(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """The command line; returns the exit code: 1 where a path has no run, or only damaged ones, 2 for bad input."""
     tolerate_consoles()
     parser = Parser(prog="python -m report", description=__doc__)
     parser.add_argument("paths", nargs="+", type=Path, help="run folders, or folders that hold them at any depth")
@@ -69,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         runs, problems = find_runs(args.paths)
         rows = summarise(runs)
+        if args.html and args.html.is_dir():
+            raise InputError(f"--html {args.html} is a folder; give a file such as {args.html / 'report.html'}")
         print(FORMATS[args.format](rows, problems, validation=bool(args.against) or args.format == "csv"), end="")
         written = []
         if args.plots:
@@ -81,13 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_report(args.html, rows, problems, args.against)
             written.append(args.html)
         if args.collect:
-            written += collect(runs, args.collect)
+            written += collect([run for row in rows for run in row.runs], args.collect)
         for name, table in PAGES.items():
             if path := getattr(args, name):
                 update_page(path, table(rows, problems))
                 written.append(path)
         for path in written:
             print(f"wrote {path}", file=sys.stderr)
+        statuses = {problem.status for problem in problems}
+        if "missing" in statuses or ("damaged" in statuses and not runs):
+            return 1
     except InputError as error:
         print(f"report: error: {error}", file=sys.stderr)
         return 2

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from engine.metrics import average_accuracy, forward_transfer, learned, learned_jointly
+from engine.options import Options, short, told
 from report.published import BENCHMARKS, ORDER, PUBLISHED, Estimate, Published, reproduced
 from report.runs import Run
 
 ORDER_OF_TASKS = "t_order"  # the hyperparameter over which, as over seeds, published figures are means
+# Hyperparameters in which runs of one row may differ, or which name the row otherwise.
+NO_PART_OF_A_ROW = {ORDER_OF_TASKS, "seed", "method", "data", "images", "tasks"} | {
+    field.name for field in fields(Options) if not told(field)["affects_results"]
+}
 
 
 @dataclass
@@ -112,6 +117,7 @@ def summarise(runs: Sequence[Run], join_orders: bool = True) -> list[Row]:
         variant = without(summary["variant"], [ORDER_OF_TASKS]) if join_orders else summary["variant"]
         key = (summary["benchmark"], summary["data"]["kind"], variant, summary["method"])
         groups.setdefault((*key, tuple(summary["data"].get("notes", ()))), []).append(run)
+    groups = {key: some for group in groups.items() for key, some in _alike(*group).items()}
 
     def order(key: tuple) -> tuple:
         benchmark, data, variant, method, notes = key
@@ -124,6 +130,22 @@ def summarise(runs: Sequence[Run], join_orders: bool = True) -> list[Row]:
         if row.method != "single" and (single := alone.get((row.benchmark, row.data, row.variant))) is not None:
             row.forward_transfer = _forward_transfer(row, single)
     return rows
+
+
+def _alike(key: tuple, runs: list[Run]) -> dict[tuple, list[Run]]:
+    """Runs of one variant parted where their hyperparameters differ all the same, since a script's defaults were
+    changed between them; the variants then name what differs."""
+    options = [run.summary.get("hyperparameters", {}) for run in runs]
+    names = sorted(set.intersection(*map(set, options)) - NO_PART_OF_A_ROW)
+    of_methods = {method.partition("_")[0] for method in ORDER} - {key[3].partition("_")[0]}
+    names = [name for name in names if name.partition("_")[0] not in of_methods]  # an old file has other methods' flags
+    differing = [name for name in names if len({json.dumps(values[name]) for values in options}) > 1]
+    parted: dict[tuple, list[Run]] = {}
+    for run, values in zip(runs, options, strict=True):
+        variant = without(key[2], differing)
+        parts = [*([] if variant == "default" else [variant]), *(f"{name}={short(values[name])}" for name in differing)]
+        parted.setdefault((*key[:2], ",".join(parts) or key[2], *key[3:]), []).append(run)
+    return parted
 
 
 def _forward_transfer(row: Row, single: Row) -> Estimate | None:

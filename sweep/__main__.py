@@ -65,6 +65,7 @@ def make_parser() -> Parser:
     add(
         "--sweep",
         type=sweep_of,
+        action="append",
         metavar="NAME=VALUE,…",
         help="run gpm (or --methods) at each value of a hyperparameter and draw ACC, BWT and interference over it; "
         "one value for each layer is written with spaces: threshold='0.9 0.95 0.95,0.95 0.99 0.99'",
@@ -93,6 +94,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"{what!r} is not known; it must be embedded or paper")
     args, passed_on = parser.parse_known_args(arguments)
     args.what = what
+    if args.sweep and len(args.sweep) > 1:
+        parser.error("--sweep is given twice; it goes over one hyperparameter")
+    args.sweep = args.sweep and args.sweep[0]
     if wrong := fault(args) or fault_of_flags(args, passed_on):
         parser.error(wrong)
     return args, passed_on

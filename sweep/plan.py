@@ -14,7 +14,7 @@ from typing import NamedTuple
 from engine import cli
 from engine.folder import run_folder
 from engine.method import Method, why_not
-from engine.options import Options, inherited, results_options
+from engine.options import Options, inherited, results_options, told
 from gradproj.errors import InputError
 from methods import METHODS
 from report.published import SUCCESSORS
@@ -77,14 +77,15 @@ def make_jobs(wanted: Wanted) -> list[Job]:
     """The jobs, in the order to start them; methods that do not fit a benchmark are left out with a line.
 
     Raises:
-        InputError, SystemExit: a script does not take its flags.
+        InputError, SystemExit: a script does not take its flags, or two of the runs would be the same.
     """
     flags = list(split_flags(wanted.passed_on))
     plan = benchmarks_and_methods(wanted, flags)
     seeds = wanted.seeds or (TABLE_SEEDS if wanted.table else (None,))  # None: the script's own
     values = wanted.sweep[1] if wanted.sweep else (None,)
-    check_readers(flags, plan)
-    jobs = []
+    check_readers([*flags, *([[f"--{wanted.sweep[0]}"]] if wanted.sweep else [])], plan)
+    check_decisive(wanted.sweep, plan)
+    jobs: dict[Path, Job] = {}
     for seed in seeds:
         for benchmark, methods in plan.items():
             for method, value in itertools.product(methods, values):
@@ -94,10 +95,13 @@ def make_jobs(wanted: Wanted) -> list[Job]:
                 own += [] if seed is None else ["--seed", str(seed)]
                 name = f"{benchmark} {method}" + ("" if seed is None else f" seed {seed}")
                 name += "" if value is None else f" {wanted.sweep[0]} {value}"
-                jobs.append(make_job(name, benchmark, own, wanted.output_dir))
+                job = make_job(name, benchmark, own, wanted.output_dir)
+                if other := jobs.get(job.folder):
+                    raise InputError(f"{other.name} and {job.name} are the same run; give it once")
+                jobs[job.folder] = job
     if not jobs:
         raise InputError("that leaves nothing to run; choose other --methods or benchmarks (--only)")
-    return jobs
+    return list(jobs.values())
 
 
 def benchmarks_and_methods(wanted: Wanted, flags: Sequence[Sequence[str]] = ()) -> dict[str, list[str]]:
@@ -128,7 +132,7 @@ def why_it_cannot_run(benchmark: str, embedded: bool, flags: Sequence[Sequence[s
     """Why a benchmark cannot run on this machine or with these flags, of reasons that are nobody's fault."""
     given = {flag_name(flag): flag[0].partition("=")[2] or flag[-1] for flag in flags}
     field = script_options(benchmark).__dataclass_fields__["protocol"]
-    known = (field.metadata["parser"] or inherited(field).metadata["parser"])["choices"]
+    known = (told(field)["parser"] or told(inherited(field))["parser"])["choices"]
     if given.get("protocol", known[0]) not in known:
         return f"whose protocols are {' and '.join(known)}"
     folder = Path(given.get("data_dir", "data"), benchmark)
@@ -171,6 +175,14 @@ def check_readers(flags: Sequence[Sequence[str]], plan: Mapping[str, Sequence[st
         if pairs and all(is_foreign(name, *pair) for pair in pairs):
             readers = ", ".join(cli.readers(name, pairs[0][0], METHODS))
             raise InputError(f"--{name} is a flag of {readers}, which this command does not run; add --methods")
+
+
+def check_decisive(sweep: tuple[str, tuple[str, ...]] | None, plan: Mapping[str, Sequence[str]]) -> None:
+    """Raise InputError where what is swept does not decide what a run measures."""
+    for options in map(script_options, plan if sweep else ()):
+        field = options.__dataclass_fields__.get(sweep[0])
+        if field is not None and not told(field)["affects_results"]:
+            raise InputError(f"--sweep {sweep[0]}: it changes nothing that a run measures; sweep a hyperparameter")
 
 
 def flags_for(benchmark: str, method: type[Method], embedded: bool, flags: Sequence[Sequence[str]]) -> list[str]:

@@ -154,13 +154,13 @@ def mixed_loss(method: Method, images: Tensor, labels: Tensor, tasks: Tensor) ->
 
     Args:
         method: its model is called as `model(images, task)`, once for each task in the batch; once in all where all
-            tasks share one head.
+            tasks share one head and no BatchNorm asks which images share a batch.
         images, labels: (n, ...) and (n,).
         tasks: (n,) the task of each image, on the CPU. Where BatchNorm needs more than one image, a task's single image
             of a batch is left out.
     """
     model = method.model
-    if not method.task_modules:
+    if not method.task_modules and not has_batch_statistics(model):
         return F.cross_entropy(model(images, int(tasks[0])), labels)
     groups = [(j, (tasks == j).nonzero()[:, 0].to(labels.device)) for j in tasks.unique().tolist()]
     if has_batch_statistics(model) and len(groups) > 1:

@@ -38,7 +38,8 @@ def bars(
         errors = [0.0 if e is None else e.std or 0.0 for e in estimates]
         lowest = min(0.0, *(m - e for m, e in zip(means, errors, strict=True)))
         highest = max(0.0, *(m + e for m, e in zip(means, errors, strict=True)))
-        span = (highest - lowest) or 1.0
+        span = highest - lowest
+        span = max(span, 1.0) if signed[part] else span or 1.0  # less than a point should look like little
         room = 0.14 * span  # for the numbers at the bars' ends
         digits = min(2 if signed[part] else 4, max(1, 2 - int(np.floor(np.log10(span)))))  # of the largest, three
         for x, (method, estimate) in enumerate(zip(scores, estimates, strict=True)):
@@ -59,7 +60,7 @@ def bars(
         axes.axhline(0, color="black", linewidth=0.8, zorder=4)
         axes.set_xlim(-0.6, len(names) - 0.4)
         above = any(e is None or e.mean >= 0 for e in estimates)
-        axes.set_ylim(lowest - room * (lowest < 0), highest + room * above)
+        axes.set_ylim(min(lowest - room * (lowest < 0), highest - span), highest + room * above)
         turned = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if len(names) > 4 else {}
         axes.set_xticks(range(len(names)), names, **turned)
         plain(axes)
@@ -94,6 +95,9 @@ def scores_against(labels: Sequence[str], rows: Sequence[Row], name: str, title:
             linewidth=1.8,
             capsize=3,
         )
+        low, high = axes.get_ylim()
+        missing = max(0.0, 1.0 - (high - low)) / 2  # less than a point of percent should look like little
+        axes.set_ylim(low - missing, high + missing)
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlim(-0.4, len(labels) - 0.6)
         plain(axes)

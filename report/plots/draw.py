@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from engine.options import short
 from gradproj.errors import InputError
 from report.plots.accuracy import accuracy_heat_map, accuracy_over_time, mean_matrix
 from report.plots.bars import bars, scores_against
@@ -127,8 +128,9 @@ def draw_interference(shown: dict[str, Row], colors: dict[str, Any], title: str,
 
 def draw_sweep(rows: Sequence[Row], name: str, save: Save) -> None:
     """ACC, BWT and interference over the values of a hyperparameter."""
-    rows = sorted(rows, key=lambda row: _value(row, name))
-    labels = [" ".join(map(str, value)) if isinstance(value := _value(row, name), list) else str(value) for row in rows]
+    rows = sorted(rows, key=lambda row: _place(_value(row, name)))
+    values = [_value(row, name) for row in rows]
+    labels = [" ".join(map(str, value)) if isinstance(value, list) else short(value) for value in values]
     others = without(rows[0].variant, [name])
     title = _title(rows[0], others, rows[0].title)
     stem = f"{rows[0].data}-{rows[0].benchmark}-{others}-{rows[0].method}-{name}"
@@ -157,6 +159,12 @@ def _grouped(rows: Sequence[Row], key: Callable[[Row], tuple]) -> list[list[Row]
 
 def _value(row: Row, name: str) -> Any:
     return row.runs[0].summary.get("hyperparameters", {}).get(name)
+
+
+def _place(value: Any) -> tuple[bool, list[float], str]:
+    """By what the values of a hyperparameter are sorted: numbers by size, anything else after them by name."""
+    numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, (int, float))]
+    return not numbers, numbers, short(value)
 
 
 def _title(row: Row, variant: str, method: str | None = None) -> str:

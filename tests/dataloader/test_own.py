@@ -94,7 +94,7 @@ def test_task_holds_out_and_numbers_anew():
 def test_task_with_all_said():
     valid = Split(IMAGES[:3], torch.tensor([2, 0, 2]))
     task = own.task("t", (IMAGES, LABELS % 3), (IMAGES, LABELS % 3), valid, classes=[2, 0, 1], names=["c", "a", "b"])
-    assert task.valid.labels.tolist() == [0, 1, 0]
+    assert dict(zip(numbers(task.valid), task.valid.labels.tolist(), strict=True)) == {0: 0, 1: 1, 2: 0}
     assert len(task.train.labels) == 60
     assert task.classes == ("c", "a", "b")
     with pytest.raises(InputError, match=r"t has labels 1, which are none of its classes \[2, 0\]"):
@@ -112,6 +112,18 @@ def test_by_class(source):
     for part in (task.train, task.valid, task.test):
         assert [{4: 0, 1: 1}[i % 6] for i in numbers(part)] == part.labels.tolist()
     assert set(numbers(tasks[1].test)) == set(range(0, 60, 6))
+
+
+def test_batches_hold_all_classes_in_whatever_order_the_data_lie():
+    """BatchNorm normalises by the batch at test too: class after class, a network would be tested on other numbers."""
+    order = LABELS.argsort(stable=True)
+    sorted_data = (IMAGES[order], LABELS[order])
+    tasks = [own.task("t", sorted_data, sorted_data), own.by_class(sorted_data, [range(6)], sorted_data)[0]]
+    for task in tasks:
+        for part in (task.train, task.test):
+            assert all(len(batch.unique()) > 3 for batch in part.labels.split(20))
+    again = own.by_class(sorted_data, [range(6)], sorted_data)[0]
+    assert numbers(again.test) == numbers(tasks[1].test)
 
 
 def test_a_test_is_held_out_of_each_class_whichever_task_it_is_in():
@@ -171,9 +183,10 @@ def test_folders_with_other_classes_in_the_test(pictures):
     train, test = own.image_folder(pictures, transforms.ToTensor())
     task = own.by_class(train, [["c", "a"]], test, pc_valid=0)[0]
     for part in (task.train, task.test):
-        assert [round(255 * image[0, 0, 0].item()) // 60 for image in part.images] == [2] * 4 + [0] * 4
-        assert part.labels.tolist() == [0] * 4 + [1] * 4
-    with pytest.raises(InputError, match="there is no class b; there are: a, c"):
+        found = [round(255 * image[0, 0, 0].item()) // 60 for image in part.images]
+        assert sorted(found) == [0] * 4 + [2] * 4
+        assert part.labels.tolist() == [{2: 0, 0: 1}[number] for number in found]
+    with pytest.raises(InputError, match=r"there is no class b in .*test; there are: a, c$"):
         own.by_class(train, [["b"]], test)
 
 
@@ -193,9 +206,19 @@ def test_folders_that_are_none(pictures):
 def test_an_image_that_is_none(pictures):
     (pictures / "train" / "b" / "2.png").write_bytes(b"not an image")
     train, _ = own.image_folder(pictures, transforms.ToTensor())
-    with pytest.raises(InputError, match=r"cannot read Subset \(UnidentifiedImageError: .*2\.png") as caught:
+    with pytest.raises(
+        InputError, match=r"^cannot read .*train/b/2\.png: it is damaged, or no image; replace it"
+    ) as caught:
         own.by_class(train, [["b"]])[0]
     assert "\n" not in str(caught.value)
+
+
+def test_folders_without_images_are_no_classes(pictures):
+    (pictures / "train" / ".ipynb_checkpoints").mkdir()
+    train, test = own.image_folder(pictures, transforms.ToTensor())
+    assert len(own.by_class(train, [["c", "a"]], test, pc_valid=0)[0].train.labels) == 8
+    with pytest.raises(InputError, match=r"there is no class \.ipynb_checkpoints in .*train; there are: a, b, c$"):
+        own.by_class(train, [[".ipynb_checkpoints"]], test)
 
 
 def test_groups_of_a_file(tmp_path):

@@ -94,7 +94,7 @@ def test_a_method_of_ones_own(tmp_path):
     assert accuracies(loaded) == summary["accuracy"][-1]
     config = tiny.run_folder(tmp_path) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"method": "__main__.Own"}))
-    with pytest.raises(InputError, match="cannot find the class of method own .*; give load_run the class"):
+    with pytest.raises(InputError, match="cannot find the class of the run's method .*; give load_run the class"):
         load_run(summary["folder"], tiny.Network())
     assert accuracies(load_run(summary["folder"], tiny.Network(), method=Own)) == summary["accuracy"][-1]
 

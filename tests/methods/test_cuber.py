@@ -107,12 +107,12 @@ def test_cuber_moves_in_what_helps_and_nobody_else_uses():
     cuber = method(SingleHead(), "cuber")
     cuber.memory.bases["fc1"] = torch.linalg.qr(torch.randn(12, 5).double()).Q
     cuber.regions = [{"fc1": torch.tensor([0, 1, 2])}, {"fc1": torch.tensor([2, 3, 4])}]
-    assert cuber.closed("fc1") == [0, 1, 2, 3, 4]
+    assert cuber.protected_columns("fc1") == [0, 1, 2, 3, 4]
     cuber.helping = {"fc1": [0]}
-    assert cuber.closed("fc1") == [2, 3, 4]
+    assert cuber.protected_columns("fc1") == [2, 3, 4]
     M = cuber.memory.bases["fc1"]
     assert cuber.projector(cuber.memory.layers["fc1"]).is_idle, "its gradients are tested before they are projected"
-    cuber.close()
+    cuber.make_projectors()
     (project,) = cuber.late_projectors["fc1"].groups
     assert_close(project(M.T), M.T * torch.tensor([1.0, 1, 0, 0, 0]).double()[:, None])
 
@@ -134,11 +134,11 @@ def test_cuber_goes_back_to_whom_it_helped():
     task = KINDS["one"].task(1)
     cuber.before_task(1, task)
     with cuber.learning(1, task):
-        saved, helped = cuber.state_dict(), list(cuber.helped)
+        saved, helped = cuber.state_dict(), list(cuber.helping_spans)
         cuber.helping = {key: [] for key in cuber.helping}
-        cuber.close()
+        cuber.make_projectors()
         cuber.load_state_dict(saved)
-        assert list(cuber.helped) == helped != []
+        assert list(cuber.helping_spans) == helped != []
 
 
 def test_a_layer_that_gets_no_gradient_helps_nobody():

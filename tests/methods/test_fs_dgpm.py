@@ -1,5 +1,6 @@
 """FS-DGPM against its paper's equations, written out slowly."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -96,8 +97,13 @@ class SlowFSDGPM(SlowGPM):
         random = generator(self.options.seed, "reservoir", t)
         self.reservoir = self.reservoir.offer(self.options.memory_images, task.train, t, random)
         random = generator(self.options.seed, "samples", t)
-        images = self.reservoir.draw(self.options.n_samples, False, random)[0]
-        for name, R in self.inputs(images, t).items():
+        images, _, tasks = self.reservoir.draw(self.options.n_samples, False, random)
+        parts = [images]
+        if hasattr(self.model, "heads"):  # BatchNorm: a batch is of one task
+            parts = [part for j in range(t + 1) if len(part := images[tasks == j]) > 1]
+        seen = [self.inputs(part, t) for part in parts]
+        for name in seen[0]:
+            R = np.concatenate([inputs[name] for inputs in seen], axis=1)
             self.bases[name] = torch.from_numpy(reference.extend_basis(R[:, :0], R, self.epsilon(t)))
 
     def floats(self):

@@ -209,3 +209,33 @@ def test_a_gem_includes_the_heads_of_earlier_tasks():
     assert {id(p) for p in a_gem.parameters(1)} == {id(p) for n, p in model.named_parameters() if "heads.2" not in n}
     assert model.heads[0].weight.grad.norm() > 0
     assert model.heads[2].weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["a_gem", "er", "fs_dgpm"])
+def test_replayed_images_pass_in_the_precision_of_the_run(name):
+    learner = method(SingleHead().float(), name, amp="bf16")
+    images, labels = tiny.task(0).train
+    split = Split(images.float(), labels)
+    learner.reservoir = learner.reservoir.offer(9, split, 0, torch.Generator().manual_seed(0))
+    seen = []
+    learner.model.fc2.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    with learner.learning(1, tiny.task(1)):
+        learner.backward(*split, 1)
+    assert len(seen) > 1 and set(seen) == {torch.bfloat16}
+
+
+def test_where_batchnorm_is_each_tasks_images_pass_apart_also_under_one_head():
+    class Normalised(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(3, 4)
+            self.bn = torch.nn.BatchNorm1d(4, track_running_stats=False)
+
+        def forward(self, x, t):
+            return self.bn(self.fc(x))
+
+    model = Normalised()
+    learner = method(model, "er")
+    images, labels, tasks = torch.randn(6, 3), torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([0, 1, 0, 1, 1, 0])
+    apart = [F.cross_entropy(model(images[tasks == t], t), labels[tasks == t], reduction="sum") for t in (0, 1)]
+    assert_close(mixed_loss(learner, images, labels, tasks), sum(apart) / 6)

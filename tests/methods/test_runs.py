@@ -1,6 +1,7 @@
 """Every method through whole runs: on one head and on many, and continued after a failure to the same numbers."""
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,24 @@ def test_a_last_batch_of_one_image_joins_the_one_before(tmp_path, quick, name):
     assert run(options, tiny.benchmark(2, n_train=65), tiny.Network(2))["finished"]
 
 
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [("trgp", "region_images"), ("cuber", "region_images"), ("code_cl", "region_images"), ("fs_dgpm", "memory_images")],
+)
+def test_a_single_image_for_a_task_is_refused_where_batchnorm_is(tmp_path, quick, name, flag):
+    with pytest.raises(InputError, match=f"^{flag} is 1; it must be 2 or more, since the network cannot take an image"):
+        run(tiny.options(tmp_path, method=name, n_tasks=2, **{flag: 1}), tiny.benchmark(2), tiny.Network(2))
+
+
+def test_a_run_tested_by_a_tasks_own_statistics_says_that_it_knows_the_task(tmp_path, quick):
+    changes = {"method": "naive", "n_epochs": 1, "n_tasks": 2}
+    summaries = {
+        kind: run(tiny.options(tmp_path / kind, batchnorm=kind, **changes), tiny.benchmark(2), tiny.Network(2))
+        for kind in ("batch", "task")
+    }
+    assert {kind: summary["task_identity"] for kind, summary in summaries.items()} == {"batch": False, "task": True}
+
+
 @cases
 @pytest.mark.parametrize("n_epochs_done", [2, 4])  # within the first task of three epochs, and within the second
 def test_continues_after_a_failure_to_the_same_numbers(
@@ -116,7 +135,7 @@ def test_state_is_a_snapshot():
         for t in range(2):
             learner.before_task(t, tasks[t])
             with learner.learning(t, tasks[t]):
-                train_task(learner, t, tasks[t], TaskProgress.beginning(options), lambda *_: None)
+                train_task(learner, t, tasks[t], TaskProgress.beginning(options), lambda *_: None, time.perf_counter())
             learner.after_task(t, tasks[t])
             state = learner.state_dict()
             snapshots.append((state, [leaf.clone() for leaf in leaves(state)]))
@@ -198,7 +217,9 @@ def test_single_trains_a_network_of_its_own_for_each_task(tmp_path, quick):
         model = Residual()
         model.load_state_dict(single.fresh(t))
         naive = method(model, "naive")
-        train_task(naive, t, picture_task(t), TaskProgress.beginning(naive.options), lambda *_: None)
+        train_task(
+            naive, t, picture_task(t), TaskProgress.beginning(naive.options), lambda *_: None, time.perf_counter()
+        )
         assert evaluate(model, t, picture_task(t).test, options.batch_size_test)[1] == summary["accuracy"][t][t]
 
 

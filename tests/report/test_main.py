@@ -99,3 +99,32 @@ def test_find_runs_takes_single_files_and_folders(tmp_path):
         assert [run.path for run in runs] == [folder] and not problems
     with pytest.raises(InputError, match="does not exist"):
         summaries.find_runs([tmp_path / "nothing"])
+
+
+def test_of_a_seed_that_is_there_twice_the_one_in_the_table_is_collected(tmp_path, capsys):
+    write(tmp_path / "runs/a")
+    write(tmp_path / "runs/b", average_accuracy=99.5, accuracy=[[99.0, None], [99.0, 100.0]])
+    assert report.main([str(tmp_path / "runs"), "--collect", str(tmp_path / "results")]) == 0
+    assert "left out" in capsys.readouterr().out
+    (file,) = (tmp_path / "results").rglob("*.json")
+    assert json.loads(file.read_text())["average_accuracy"] == 80.0
+
+
+def test_runs_that_would_be_one_file_are_not_collected(tmp_path, capsys):
+    for name, lr in (("a", 0.01), ("b", 1.0)):
+        write(tmp_path / "runs" / name, hyperparameters={"lr": lr})
+    assert report.main([str(tmp_path / "runs"), "--collect", str(tmp_path / "results")]) == 2
+    assert "collect one of them" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(("name", "code"), [("damaged", 1), ("absent", 1), ("good", 0)])
+def test_the_exit_code_says_whether_there_are_numbers(tmp_path, name, code):
+    write(tmp_path / "good")
+    (write(tmp_path / "damaged") / "summary.json").write_text("{")
+    assert report.main([str(tmp_path / name), *([str(tmp_path / "good")] if name == "absent" else [])]) == code
+
+
+def test_a_folder_for_the_html_report(tmp_path, capsys):
+    assert report.main([str(write(tmp_path / "a")), "--html", str(tmp_path)]) == 2
+    assert "is a folder; give a file such as" in capsys.readouterr().err

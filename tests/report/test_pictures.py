@@ -84,6 +84,17 @@ def test_a_sweep_is_drawn_over_its_hyperparameter(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "values"), [("n_samples", [10, "all"]), ("samples", [{"fc1": 20}, {"fc1": 10}]), ("n_train", [None, 5])]
+)
+def test_a_sweep_over_values_of_any_kind(tmp_path, name, values):
+    for i, value in enumerate(values):
+        write(tmp_path / f"runs/{i}", variant=f"{name}={value}", hyperparameters={name: value})
+    arguments = [str(tmp_path / "runs"), "--plots", str(tmp_path / "figures"), "--against", name]
+    assert report.main(arguments) == 0
+    assert any(path.name.endswith(f"{name}-sweep.png") for path in (tmp_path / "figures").iterdir())
+
+
 @pytest.mark.parametrize(("n_tasks", "n_layers"), [(1, 1), (20, 20)])
 def test_pictures_of_extreme_sizes(tmp_path, n_tasks, n_layers):
     accuracy = [[float(j) if j <= i else None for j in range(n_tasks)] for i in range(n_tasks)]

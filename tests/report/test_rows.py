@@ -158,3 +158,20 @@ def test_a_method_at_its_own_learning_rate_stands_among_the_others(tmp_path):
         write(tmp_path / str(i), method=method, variant=variant, hyperparameters={"lr": lr})
     found = [row.variant for i in range(len(plan)) for row in rows_of(tmp_path / str(i))]
     assert found == ["n_epochs=5", "n_epochs=5", "n_epochs=5,lr=0.01", "default"]
+
+
+def test_runs_whose_scripts_had_other_defaults_are_other_rows(tmp_path):
+    """The variant names what differs from the defaults, and these may be edited between two runs."""
+    for seed, lr in ((1, 0.01), (2, 1.0), (3, 0.01)):
+        write(tmp_path / str(seed), seed=seed, hyperparameters={"lr": lr, "n_epochs": 20, "device": f"cuda:{seed}"})
+    rows = rows_of(tmp_path)
+    assert [(row.variant, row.seeds) for row in rows] == [("lr=0.01", [1, 3]), ("lr=1.0", [2])]
+    assert all(row.verdict == "not comparable: variant" for row in rows)
+    assert tables.command(rows[1]) == "python main_cifar100.py --method gpm --lr 1.0 --seed 2"
+
+
+def test_an_old_files_flags_of_other_methods_part_no_row(tmp_path):
+    for seed, value in ((1, 10.0), (2, 100.0)):
+        write(tmp_path / str(seed), seed=seed, hyperparameters={"ewc_lambda": value})
+    (row,) = rows_of(tmp_path)
+    assert row.variant == "default"

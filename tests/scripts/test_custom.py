@@ -102,7 +102,7 @@ def test_what_is_refused_leaves_nothing(pictures, arguments, message):
 
 def test_a_class_that_is_not_there(pictures):
     tasks(pictures, "cat, dog")
-    with pytest.raises(InputError, match="there is no class dog; there are: cat, cow, golden retriever, ä"):
+    with pytest.raises(InputError, match="there is no class dog in animals; there are: cat, cow, golden retriever, ä"):
         main()
 
 

@@ -222,7 +222,7 @@ BAD = {
     "threshold below 0": ("--threshold -0.5", "threshold is -0.5; it must be in (0, 1]"),
     "threshold not a number": ("--threshold nan", "threshold is nan; it must be in (0, 1]"),
     "threshold no number": ("--threshold much", "much"),
-    "threshold of later tasks above 1": ("--threshold 0.99 --threshold_step 0.02", "is 1.01; it must be in (0, 1]"),
+    "threshold of later tasks below 0": ("--threshold 0.1 --threshold_step -0.2", "is -0.1; it must be positive"),
     "threshold of some layers": ("--threshold 0.9 0.9", "threshold has 2 values; give one, or one for each of the"),
     "no epochs": ("--n_epochs 0", "n_epochs is 0; it must be positive"),
     "negative epochs": ("--n_epochs -3", "n_epochs is -3; it must be positive"),
@@ -244,6 +244,7 @@ BAD = {
         "--threshold is a flag of gpm, dual_gpm, sgp,",
     ),
     "an abbreviation": ("--n_ep 3", "--n_ep"),
+    "a layer's samples twice": ("--samples fc=1 fc=5", "samples names fc twice; give each layer one count"),
     "samples of all images": ("--n_samples all --samples fc1=3", "n_samples is all, which leaves samples nothing"),
     "lr that ends a task at once": (
         "--schedule plateau --lr 0.0001",

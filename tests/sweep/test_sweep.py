@@ -168,6 +168,7 @@ def test_a_sweep_runs_gpm_at_each_value():
         ["paper", "--only", "pmnist", "--sweep", "method=gpm,ewc"],
         ["paper", "--only", "pmnist", "--sweep", "treshold=0.9,0.99"],
         ["paper", "--only", "pmnist", "--sweep", "threshold=0.9,high"],
+        ["paper", "--only", "pmnist", "--sweep", "lr=0.1,0.2", "--sweep", "momentum=0.1,0.2"],
         ["paper", "--n_epohcs", "3"],
         ["paper", "--seeds", "1", "1"],
         ["--data", "real"],
@@ -180,6 +181,28 @@ def test_bad_input_is_one_line_and_code_2(argv, capsys):
         sweep.main(argv)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sweep", "threshold=0.9,0.90"], "pmnist gpm threshold 0.9 and pmnist gpm threshold 0.90 are the same run"),
+        (["--sweep", "output_dir=a,b"], "--sweep output_dir: it changes nothing that a run measures"),
+        (
+            ["--sweep", "ewc_lambda=1,2"],
+            "--ewc_lambda is a flag of ewc, which this command does not run; add --methods",
+        ),
+        (["--methods", "code_cl", "--n_samples", "all"], "n_samples is all; code_cl holds the inputs of all samples"),
+        (
+            ["--methods", "cuber", "--momentum", "0.9"],
+            "momentum is 0.9; cuber closes directions while a task is learned",
+        ),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_anything_runs(flags, message, capsys):
+    assert sweep.main(["paper", "--only", "pmnist", *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"run_experiments.sh: error: {message}") and said.count("\n") == 1
 
 
 def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, capsys):
