@@ -18,6 +18,7 @@ from engine.task import Task
 from gradproj import GradientProjectionMemory
 from gradproj.errors import InputError
 from gradproj.layers import Layer, find_layers
+from gradproj.normalization import frozen, normalization_parameters
 from gradproj.projection import LayerProjector
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -178,6 +179,10 @@ class Method:
 
     def _modules_of(self, t: int) -> list[nn.Module]:
         return self.task_modules[t] if t < len(self.task_modules) else []
+
+    def frozen_normalization(self) -> AbstractContextManager[None]:
+        """A context in which shared normalisation layers' scales and shifts get no gradient, as under GPM."""
+        return frozen(normalization_parameters(self.model, self.task_module_names))
 
     @property
     def task_module_names(self) -> list[str]:

@@ -16,3 +16,13 @@ def derived_seed(seed: int, *purpose: int | str) -> int:
 def generator(seed: int, *purpose: int | str) -> torch.Generator:
     """A CPU generator seeded by `derived_seed`: the same choices on every device."""
     return torch.Generator().manual_seed(derived_seed(seed, *purpose))
+
+
+def random_order(labels: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """The places of some images in random order, on the device of their labels.
+
+    Args:
+        labels: (n,) theirs.
+        random: a CPU generator.
+    """
+    return torch.randperm(len(labels), generator=random).to(labels.device)

@@ -127,10 +127,10 @@ def verification(
                 found[layer.name] = movement
 
     def result() -> list[Tensor]:
-        with the_same_random_numbers(devices):
+        with torch.random.fork_rng(devices):  # so that each pass draws the same random numbers
             return list(outputs(run(batch), which))
 
-    devices = {p.device.index for p in there.values() if p.is_cuda}
+    devices = sorted({p.device.index for p in there.values() if p.is_cuda})
     with in_eval_mode(model), plain_paths():
         after = result()
         with put(model, reference):
@@ -173,8 +173,8 @@ def what_moved(
     grown = {name for name, value in reference.items() if name in there and there[name].shape != value.shape}
     for layer in layers:
         parameters = layer.parameters
-        if any(names[id(p)] in grown for p in parameters if p is not None):
-            continue
+        if any(names.get(id(p)) in {None, *grown} for p in parameters if p is not None):
+            continue  # replaced since, which `protect` and `verify` refuse when they come to it
         moved = [None if p is None else p - reference[names[id(p)]].to(p) for p in parameters]
         explained = _explained(layer, parameters, steps)
         for key in layer.keys:
@@ -298,18 +298,6 @@ def _rounded(value: Tensor, now: Tensor, steps: int, generator: torch.Generator)
     noise = torch.empty(value.shape).uniform_(-1, 1, generator=generator).double()
     noise *= size * torch.maximum(value.abs(), now.abs().to(value)).double()
     return (value.double() + noise).to(value.dtype)
-
-
-@contextmanager
-def the_same_random_numbers(devices: Iterable[int]) -> Iterator[None]:
-    """Within this context random numbers are those of seed 0; afterwards they go on as they would have.
-
-    Args:
-        devices: GPUs that may draw some.
-    """
-    with torch.random.fork_rng(sorted(devices)):
-        torch.manual_seed(0)
-        yield
 
 
 def current(model: nn.Module) -> dict[str, Tensor]:

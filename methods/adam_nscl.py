@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from engine import state
 from engine.options import Options, flag
 from engine.task import Split, Task, batches
-from gradproj.normalization import frozen, normalization_parameters
 from gradproj.optimizers import projected_updates
 from methods.gpm import GPM, Forward
 
@@ -55,9 +54,8 @@ class AdamNSCL(GPM):
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
         self.projectors = {name: self.projector(layer) for name, layer in self.memory.layers.items()}
-        with frozen(normalization_parameters(self.model, self.task_module_names) if t else ()):
-            with ExitStack() as self.projecting:
-                yield
+        with self.frozen_normalization() if t else nullcontext(), ExitStack() as self.projecting:
+            yield
 
     def optimizer(self, t: int, lr: float) -> torch.optim.Optimizer:
         adam = torch.optim.Adam(self.parameters(t), lr=lr)

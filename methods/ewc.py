@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from engine.method import Method
 from engine.options import Options, flag
-from engine.seeds import generator
+from engine.seeds import generator, random_order
 from engine.task import Split, Task, batches
 
 BATCH = 64  # images whose scores are summed before squaring; any number gives the same expectation
@@ -76,7 +76,7 @@ class EWC(Method):
         """
         self.model.eval()
         random = generator(self.options.seed, "fisher", t)
-        order = torch.randperm(len(train.labels), generator=random).to(train.labels.device)
+        order = random_order(train.labels, random)
         fisher = {name: torch.zeros_like(p) for name, p in self.shared.items()}
         for start, stop in batches(len(order), BATCH):
             log_p = self.model(train.images[order[start:stop]], t).log_softmax(1)

@@ -13,7 +13,6 @@ from torch.nn.utils import clip_grad_norm_
 from engine.options import Options, flag
 from engine.seeds import generator
 from engine.task import Split, Task
-from gradproj.normalization import frozen, normalization_parameters
 from methods.gpm import GPM, Forward
 from methods.parts.perturbation import computing_with
 from methods.parts.replay import Replay, has_batch_statistics, mixed_loss
@@ -88,7 +87,7 @@ class FSDGPM(GPM, Replay):
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
         self.directions = {key: self.memory.bases[key].to(s) for key, s in self.softness.items()}  # V (d, k)
-        with frozen(normalization_parameters(self.model, self.task_module_names) if t else ()):
+        with self.frozen_normalization() if t else nullcontext():
             yield
 
     def backward(self, images: Tensor, labels: Tensor, t: int) -> Tensor:

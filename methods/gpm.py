@@ -6,12 +6,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from engine.method import Method
 from engine.options import Options, defaults
-from engine.seeds import generator
+from engine.seeds import generator, random_order
 from engine.task import Split, Task, batches
 from gradproj import GradientProjectionMemory
 from gradproj.errors import FullLayerWarning, InputError
@@ -87,8 +86,7 @@ class GPM(Method):
 
     def representative(self, t: int, train: Split) -> tuple[Iterable[Tensor], dict[str, int]]:
         """Batches of random training images, and how many of each every layer uses."""
-        order = torch.randperm(len(train.labels), generator=generator(self.options.seed, "samples", t))
-        order = order.to(train.images.device)
+        order = random_order(train.labels, generator(self.options.seed, "samples", t))
         if self.options.n_samples != "all":
             return [train.images[order[: self.options.n_samples]]], self.samples
         # Batches of the usual size, so that batch statistics mean the same as with few samples.

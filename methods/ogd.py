@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engine.method import Method
 from engine.options import Options, flag
-from engine.seeds import generator
+from engine.seeds import generator, random_order
 from engine.task import Task
 from gradproj.errors import InputError
 from gradproj.layers import Layer, find_layers
@@ -91,8 +91,8 @@ class OGD(Method):
 
     def after_task(self, t: int, task: Task) -> None:
         """Store the gradients of some of the task's logits."""
-        order = torch.randperm(len(task.train.labels), generator=generator(self.options.seed, "samples", t))
-        chosen = order[: self.options.ogd_samples].to(task.train.labels.device)
+        order = random_order(task.train.labels, generator(self.options.seed, "samples", t))
+        chosen = order[: self.options.ogd_samples]
         new = self.logit_gradients(task.train.images[chosen], task.train.labels[chosen], t)
         self.factors = {
             name: Factors(*map(torch.cat, zip(self.factors[name], factors, strict=True))) if t else factors

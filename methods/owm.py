@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from engine.method import Method
 from engine.options import Options, flag
-from engine.seeds import generator
+from engine.seeds import generator, random_order
 from engine.task import Task, batches
 from gradproj.errors import InputError
 from gradproj.layers import Layer
-from gradproj.normalization import frozen, normalization_parameters
 from gradproj.projection import LayerProjector, Projector
 from gradproj.protection import projecting
 
@@ -81,8 +80,7 @@ class OWM(Method):
             )
             for name, layer in self.layers.items()
         }
-        scales_and_shifts = normalization_parameters(self.model, self.task_module_names)
-        with frozen(scales_and_shifts), projecting(self.projectors):
+        with self.frozen_normalization(), projecting(self.projectors):
             yield
 
     @torch.no_grad()
@@ -98,8 +96,7 @@ class OWM(Method):
 
             return hook
 
-        random = generator(self.options.seed, "owm", t)
-        order = torch.randperm(len(task.train.labels), generator=random).to(task.train.labels.device)
+        order = random_order(task.train.labels, generator(self.options.seed, "owm", t))
         self.model.eval()
         with ExitStack() as hooks:
             for layer in self.layers.values():

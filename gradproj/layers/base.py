@@ -115,6 +115,10 @@ class Layer:
         parts += [] if bias is None else [bias[:, None]]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
+    def rows_by_key(self, weight: Tensor | None, bias: Tensor | None) -> dict[str, Tensor]:
+        """The rows [W, b] of each group (o / groups, d), by key."""
+        return dict(zip(self.keys, self.rows(weight, bias).chunk(self.groups), strict=True))
+
     def from_rows(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The inverse of `rows`."""
         has_weight, has_bias = self.trained
@@ -214,7 +218,7 @@ class Layer:
             basis: of it.
             weight, bias: the change of each, as far as it is trained.
         """
-        part = self.rows(weight, bias).chunk(self.groups)[self.keys.index(key)].double()  # (o / groups, d)
+        part = self.rows_by_key(weight, bias)[key].double()  # (o / groups, d)
         return (part @ basis.to(part)).norm(), part.norm()
 
     def apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

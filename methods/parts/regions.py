@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.method import Method
-from engine.seeds import generator
+from engine.seeds import generator, random_order
 from engine.task import Split
 from gradproj.layers import Layer
 from gradproj.representation import Representation
@@ -17,8 +17,7 @@ from gradproj.subspace import RankRule, count_directions, extend_basis
 
 def some_of(method: Method, t: int, train: Split, n: int) -> Split:
     """n random images of task t with their labels."""
-    order = torch.randperm(len(train.labels), generator=generator(method.options.seed, "regions", t))
-    chosen = order[:n].to(train.labels.device)
+    chosen = random_order(train.labels, generator(method.options.seed, "regions", t))[:n]
     return Split(train.images[chosen], train.labels[chosen])
 
 
@@ -37,7 +36,7 @@ def gradient_rows(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
     gradients: dict[str, Tensor] = {}
     for layer in layers.values():
         parts = [p if p is None else torch.zeros_like(p) if p.grad is None else p.grad for p in layer.parameters]
-        gradients |= zip(layer.keys, layer.rows(*parts).chunk(layer.groups), strict=True)
+        gradients |= layer.rows_by_key(*parts)
     return gradients
 
 
@@ -45,7 +44,7 @@ def weight_rows(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
     """The weights of some layers as rows [W, b] (o, d), by key."""
     weights: dict[str, Tensor] = {}
     for layer in layers.values():
-        weights |= zip(layer.keys, layer.rows(*layer.parameters).chunk(layer.groups), strict=True)
+        weights |= layer.rows_by_key(*layer.parameters)
     return weights
 
 

@@ -67,8 +67,7 @@ class Scaled(NamedTuple):
         for layer in layers:
             own = with_zeros(layer.parameters, [None if p is None else gradients.get(p) for p in layer.parameters])
             if own is not None:
-                groups = zip(layer.keys, layer.rows(*own).chunk(layer.groups), strict=True)
-                rows = torch.cat([self.rows(key, G) for key, G in groups])
+                rows = torch.cat([self.rows(key, G) for key, G in layer.rows_by_key(*own).items()])
                 parts |= zip(layer.parameters, layer.from_rows(rows), strict=True)
         return {p: part for p, part in parts.items() if p is not None}
 

@@ -48,9 +48,7 @@ class Learned:
                     optimizer.step()
                     self.losses.append(loss.item())
             self.verified = self.memory.verify(forward, old, mask=mask)
-        self.said = [
-            str(w.message) for w in caught if issubclass(w.category, UserWarning) and "gradproj" not in w.filename
-        ]
+        self.said = [str(w.message) for w in caught if w.category is UserWarning]
 
     @property
     def has_learned(self) -> bool:

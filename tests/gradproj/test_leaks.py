@@ -212,3 +212,9 @@ def test_leak_shows_a_full_layer_that_has_moved():
     assert memory.leak(before) == {"": None}
     layer.weight.data += 0.1
     assert memory.leak(before)[""] == pytest.approx(1, abs=1e-6)
+
+
+def test_warnings_are_of_the_line_that_called_the_library():
+    with pytest.warns(UserWarning, match="^not protected") as caught:
+        GradientProjectionMemory(nn.ModuleDict({"a": nn.Linear(D, D), "b": nn.LSTM(D, D)}))
+    assert caught[0].filename == __file__

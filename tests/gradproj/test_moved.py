@@ -190,6 +190,18 @@ class TestFrozen:
         assert verified.holds and verified.others == []
         assert memory.verify(new, OLD).others == ["heads.1.weight", "heads.1.bias"]
 
+    def test_what_was_named_as_unprotected_is_not_named_again(self):
+        class Offset(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.offset = nn.Linear(D, 3), nn.Parameter(torch.zeros(3))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.a(x) + self.offset
+
+        (said,) = Learned(Offset()).said
+        assert said.startswith("not protected, so old tasks may be forgotten through them: offset;")
+
     def test_a_buffer_changed_behind_the_back_of_autograd(self):
         class Centred(nn.Module):
             def __init__(self) -> None:

@@ -4,7 +4,9 @@ import torch
 from torch.testing import assert_close
 
 from methods.adam_nscl import used_directions
+from tests import tiny
 from tests.methods.cases import LR, MethodCase, SlowGPM, put, rows
+from tests.tiny_nets import SingleHead, method
 
 
 class SlowAdamNSCL(SlowGPM):
@@ -61,3 +63,15 @@ def test_the_null_space_of_a_singular_covariance_is_what_no_input_uses():
         assert_close(used @ used.T, V[:, :4] @ V[:, :4].T)
         assert used_directions(outer + torch.eye(6), 2.5).shape == (6, 2)
     assert used_directions(0 * outer, 10.0).shape == (6, 0)
+
+
+def test_the_covariance_is_of_all_images_however_many_pass_at_once():
+    outers = []
+    for size in (7, 50):
+        learner = method(SingleHead(), "adam_nscl", batch_size_test=size)
+        for t in range(2):
+            learner.after_task(t, tiny.task(t))
+        outers.append(learner.outer["fc1"])
+    X = torch.cat([tiny.task(t).train.images for t in range(2)]).T
+    for outer in outers:
+        assert_close(outer, X @ X.T)

@@ -224,6 +224,22 @@ def test_replayed_images_pass_in_the_precision_of_the_run(name):
     assert len(seen) > 1 and set(seen) == {torch.bfloat16}
 
 
+def test_ewc_shortens_the_step_by_the_rate_at_hand():
+    """The implicit step θ' = θ - lr (g + λ F (θ' - θ*)), also after the schedule has divided lr."""
+    ewc = method(SingleHead(), "ewc", ewc_lambda=50.0)
+    ewc.after_task(0, tiny.task(0))
+    ewc.lr = ewc.options.lr / 8
+    with torch.no_grad():
+        ewc.model.fc1.weight.add_(0.1)
+    before = ewc.model.fc1.weight.detach().clone()
+    images, labels = tiny.task(1).train
+    (g,) = torch.autograd.grad(F.cross_entropy(ewc.model(images, 1), labels), [ewc.model.fc1.weight])
+    ewc.backward(images, labels, 1)
+    after = before - ewc.lr * ewc.model.fc1.weight.grad
+    pull = 50.0 * ewc.fisher["fc1.weight"] * (after - ewc.center["fc1.weight"])
+    assert_close(after, before - ewc.lr * (g + pull))
+
+
 def test_where_batchnorm_is_each_tasks_images_pass_apart_also_under_one_head():
     class Normalised(torch.nn.Module):
         def __init__(self):
