@@ -99,11 +99,14 @@ class Progress:
             self.say(f"  {i + 1:>2} " + " ".join(f"{value:6.2f}" for value in row if value is not None))
         shares = {}
         if memory:
-            columns, sizes = memory.columns, memory.input_sizes
-            shares = {key: 100 * k / sizes[key] for key, k in columns.items()}
-            parts = [f"{key} {k}/{sizes[key]} ({shares[key]:.0f} %)" for key, k in columns.items()]
+            held = {  # a layer's groups together: a depthwise convolution has one for each channel
+                name: [sum(of[key] for key in layer.keys) for of in (memory.columns, memory.input_sizes)]
+                for name, layer in memory.layers.items()
+            }
+            shares = {name: 100 * k / d for name, (k, d) in held.items()}
+            parts = [f"{name} {k}/{d} ({shares[name]:.0f} %)" for name, (k, d) in held.items()]
             self.say("memory, columns of the most possible: " + ", ".join(parts))
-            if full := ", ".join(memory.full_layers):
+            if full := ", ".join(name for name, (k, d) in held.items() if k == d):
                 end = (
                     "all directions are held to some degree" if learns_when_full else "these layers can no longer learn"
                 )
@@ -112,8 +115,8 @@ class Progress:
             for j, value in enumerate(accuracy[t][: t + 1]):
                 if value is not None:
                     self.board.add_scalar(f"test_accuracy/task_{j + 1}", value, t + 1)
-            for key, share in shares.items():
-                self.board.add_scalar(f"memory/{key}", share, t + 1)
+            for name, share in shares.items():
+                self.board.add_scalar(f"memory/{name}", share, t + 1)
 
     def close(self) -> None:
         """Leave the bar and close the log."""

@@ -4,15 +4,19 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from engine import hardware, training
 from engine.metrics import average_accuracy, backward_transfer
 from engine.options import Options
+from engine.progress import Progress
+from gradproj import GradientProjectionMemory
 from gradproj.errors import InputError
 from gradproj.projection import full_float32
 from methods.gpm import GPM
@@ -346,3 +350,17 @@ def test_one_kind_of_flag_lets_products_round_and_the_projection_spares_itself(t
     finally:
         for backend, value in zip(flags, before, strict=True):
             backend.allow_tf32 = value
+
+
+def test_the_groups_of_a_layer_are_one_entry_of_the_memorys_line(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4, bias=False), nn.Flatten(), nn.Linear(16, 2, bias=False))
+    memory = GradientProjectionMemory(model)
+    memory.update(model, [torch.randn(40, 4, 4, 4)], threshold={"0": 0.5, "2": 1.0})
+    progress = Progress("tiny", replace(tiny.options(tmp_path), quiet=False), tmp_path, done=0)
+    progress.task(0, "first", [[50.0]], memory)
+    progress.close()
+    said = capsys.readouterr().out
+    k = sum(memory.columns[f"0[{g}]"] for g in range(4))
+    assert f"columns of the most possible: 0 {k}/36 ({100 * k / 36:.0f} %), 2 16/16 (100 %)\n" in said
+    assert "memory is full, so these layers can no longer learn: 2\n" in said
