@@ -113,6 +113,15 @@ def test_they_are_named_early():
             plain(model, optimizer, 1)
 
 
+def test_at_the_latest_when_protection_ends():
+    model = mlp()
+    memory = remembering(model)
+    with pytest.warns(UserWarning, match="of the movement of 4 is in remembered directions since task 1"):
+        with memory.protect(sgd(model)):
+            with torch.no_grad():
+                model[4].weight.mul_(0.9)
+
+
 def test_what_holds_is_not_named():
     trained = Trained(plain)
     assert trained.holds and not trained.said
