@@ -47,7 +47,7 @@ def draw_pictures(rows: Sequence[Row], save: Save, against: str | None = None) -
     Raises:
         InputError: no two rows differ in `against` alone.
     """
-    for members in _grouped(rows, lambda row: (row.benchmark, row.data, row.variant)):
+    for members in comparisons(rows):
         draw_comparison(members, save)
     if against:
         apart = summarise([run for row in rows for run in row.runs], join_orders=False)  # perhaps t_order is swept
@@ -57,6 +57,27 @@ def draw_pictures(rows: Sequence[Row], save: Save, against: str | None = None) -
             raise InputError(f"no two of these runs differ in {against} alone, so nothing can be drawn over it")
         for members in sweeps:
             draw_sweep(members, against, save)
+
+
+def comparisons(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows to draw beside each other, those that name a picture first: of one variant, and others whose variant is the
+    same but for hyperparameters that their methods do not read. Rows that stand beside all so have no picture alone."""
+    groups = _grouped(rows, lambda row: (row.benchmark, row.data, row.variant))
+    beside = [[row for row in rows if row not in members and _is_beside(row, members[0])] for members in groups]
+    joined = [row for some in beside for row in some]
+    return [
+        [*members, *others]
+        for members, others in zip(groups, beside, strict=True)
+        if others or any(row not in joined for row in members)
+    ]
+
+
+def _is_beside(row: Row, other: Row) -> bool:
+    """Whether a row's variant is another's but for what its method does not read."""
+    read = row.runs[0].summary.get("hyperparameters") or {}
+    unread = [name for part in other.variant.split(",") if (name := part.partition("=")[0]) not in read]
+    same_images = (row.benchmark, row.data) == (other.benchmark, other.data)
+    return same_images and bool(read and unread) and row.variant == without(other.variant, unread)
 
 
 def draw_comparison(rows: Sequence[Row], save: Save) -> None:

@@ -9,7 +9,7 @@ from matplotlib.text import Text
 from report import __main__ as report
 from report.plots import draw as figures
 from report.plots.accuracy import accuracy_heat_map, accuracy_over_time, mean_matrix
-from report.plots.draw import draw_pictures
+from report.plots.draw import comparisons, draw_pictures
 from report.plots.memory import mean_columns, memory_growth
 from report.plots.style import save
 from report.published import Estimate
@@ -40,6 +40,24 @@ def test_pictures_mark_methods_that_are_told_the_task(tmp_path):
         assert "GPM" in texts and "HAT ‡" in texts and "HAT" not in texts
         assert any("‡ is told which task an image is of" in text for text in texts)
     assert "real-cifar100-default-hat-accuracy" in figures
+
+
+def test_methods_that_do_not_read_what_names_a_variant_stand_beside_those_that_do(tmp_path):
+    both = {"n_epochs": 8, "lr": 0.03}
+    gpm, other_gpm = (both | {"threshold": [value]} for value in (0.9, 0.95))
+    rows = rows_of(
+        write(tmp_path / "a", variant="n_epochs=8,lr=0.03,threshold=0.9", hyperparameters=gpm),
+        write(tmp_path / "b", variant="n_epochs=8,lr=0.03,threshold=0.95", hyperparameters=other_gpm),
+        write(tmp_path / "c", method="naive", variant="n_epochs=8,lr=0.03", hyperparameters=both),
+        write(tmp_path / "d", method="er", variant="n_epochs=8", hyperparameters=both),
+    )
+    found = [[(row.method, row.variant) for row in members] for members in comparisons(rows)]
+    naive = ("naive", "n_epochs=8,lr=0.03")
+    assert found == [
+        [("er", "n_epochs=8")],
+        [("gpm", "n_epochs=8,lr=0.03,threshold=0.9"), naive],
+        [("gpm", "n_epochs=8,lr=0.03,threshold=0.95"), naive],
+    ]
 
 
 def with_costs(**changes):
