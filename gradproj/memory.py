@@ -404,6 +404,8 @@ class GradientProjectionMemory:
 
     def _say_what_moved(self, projectors: Mapping[str, LayerProjector]) -> None:
         """Warn of what moved although its gradients were projected, unless what may move it was named before."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return  # while a CUDA graph is recorded no number is known
         if self._reference and not self._suspects:
             layers = [project.layer for project in projectors.values()]
             found = what_moved(self, layers, self._reference, self._frozen, self._steps)
