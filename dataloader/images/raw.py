@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from dataloader.errors import DataError
 from dataloader.images import cache
@@ -13,6 +14,7 @@ from dataloader.images.cache import SPECS, RawSet
 from gradproj.errors import InputError
 
 NAMES = tuple(SPECS)
+PATIENCE = 3  # seconds to wait for another process without a word
 
 
 def load_raw(name: str, data_dir: str | Path) -> RawSet:
@@ -39,13 +41,23 @@ def load_raw(name: str, data_dir: str | Path) -> RawSet:
 def _fill_cache(name: str, data_dir: Path, folder: Path) -> None:
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(data_dir / f".{name}.lock"):
+        with _lock(data_dir / f".{name}.lock"):
             if cache.missing_files(folder):  # else another process filled it while this one waited
                 cache.write_cache(folder, _published(name, data_dir))
     except DataError:
         raise
     except Exception as error:  # whatever torchvision, the network or the disk throws, the way out is the same
         raise DataError(_way_out(name, folder, error)) from error
+
+
+def _lock(path: Path) -> AcquireReturnProxy:
+    """A lock that others may hold for as long as a download takes, which is said."""
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        print(f"waiting for {path}: another process is preparing these images", file=sys.stderr)
+        return lock.acquire()
 
 
 def _published(name: str, data_dir: Path) -> RawSet:

@@ -6,16 +6,18 @@ import socket
 import sys
 import tarfile
 import types
+from concurrent.futures import ThreadPoolExecutor
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from scipy.io import savemat
 
 from dataloader.errors import DataError
-from dataloader.images import cache, content, download, notmnist
+from dataloader.images import cache, content, download, notmnist, raw
 from dataloader.images.cache import FILES, RawSet, write_cache
 from dataloader.images.raw import load_raw
 from gradproj.errors import InputError
@@ -121,6 +123,19 @@ def test_incomplete_cache_is_filled_again(folder, monkeypatch):
     monkeypatch.setattr(download, "download", lambda name, data_dir: small_mnist())
     assert len(load_raw("mnist", folder.parent).test_labels) == 20
     assert cache.missing_files(folder) == []
+
+
+def test_who_waits_for_another_process_is_told(folder, monkeypatch, capsys):
+    (folder / "test_labels.npy").unlink()
+    monkeypatch.setattr(download, "download", lambda name, data_dir: small_mnist())
+    monkeypatch.setattr(raw, "PATIENCE", 0.05)
+    with ThreadPoolExecutor() as pool:
+        with FileLock(folder.parent / ".mnist.lock"):
+            waiting, said = pool.submit(load_raw, "mnist", folder.parent), ""
+            while "waiting for" not in said and not waiting.done():
+                said += capsys.readouterr().err
+        assert len(waiting.result().test_labels) == 20
+    assert f"waiting for {folder.parent / '.mnist.lock'}: another process is preparing these images" in said
 
 
 @pytest.mark.parametrize("name", ["cifar100", "notmnist"])
