@@ -121,6 +121,8 @@ class Run:
         resumed = self.resume()
         finished = record.read_summary(self.folder)
         if finished is not None and (self.position == options.n_tasks or not resumed):
+            if "tasks" in finished and not (self.folder / record.MATRIX).exists():  # an older version's names none
+                record.write_matrix(self.folder, finished)
             print(f"finished already, in {self.folder} (--no_resume runs it again)")
             print_result(finished)
             return finished

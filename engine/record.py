@@ -14,12 +14,18 @@ from engine import metrics
 from engine.files import write_json, write_text
 
 SUMMARY = "summary.json"
+MATRIX = "accuracy.csv"
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Write summary.json, and its accuracy matrix as accuracy.csv."""
-    write_text(folder / "accuracy.csv", as_csv(summary["accuracy"], [task["name"] for task in summary["tasks"]]))
+    write_matrix(folder, summary)
     write_json(folder / SUMMARY, summary)
+
+
+def write_matrix(folder: Path, summary: dict[str, Any]) -> None:
+    """Write a summary's accuracy matrix as accuracy.csv."""
+    write_text(folder / MATRIX, as_csv(summary["accuracy"], [task["name"] for task in summary["tasks"]]))
 
 
 def as_csv(accuracy: metrics.AccuracyMatrix, tasks: Sequence[str]) -> str:

@@ -152,6 +152,13 @@ class TestSaysSo:
         assert "finished already" in capsys.readouterr().out
         assert (tmp_path / "summary.json").stat().st_mtime_ns == before
 
+    def test_a_finished_runs_matrix_is_written_again(self, tmp_path):
+        small_run(tmp_path)
+        matrix = (tmp_path / "accuracy.csv").read_bytes()
+        (tmp_path / "accuracy.csv").unlink()
+        small_run(tmp_path)
+        assert (tmp_path / "accuracy.csv").read_bytes() == matrix
+
 
 class TestLoadRun:
     @pytest.mark.parametrize("model", [TwoLayers, Normalised])
