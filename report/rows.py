@@ -117,14 +117,17 @@ def summarise(runs: Sequence[Run], join_orders: bool = True) -> list[Row]:
         variant = without(summary["variant"], [ORDER_OF_TASKS]) if join_orders else summary["variant"]
         key = (summary["benchmark"], summary["data"]["kind"], variant, summary["method"])
         groups.setdefault((*key, tuple(summary["data"].get("notes", ()))), []).append(run)
-    groups = {key: some for group in groups.items() for key, some in _alike(*group).items()}
+    parted: dict[tuple, list[Run]] = {}
+    for group in groups.items():
+        for key, some in _alike(*group).items():  # which may be the key of other runs, where the value was a flag
+            parted.setdefault(key, []).extend(some)
 
     def order(key: tuple) -> tuple:
         benchmark, data, variant, method, notes = key
         place = [list(names).index(name) if name in names else 99 for names, name in _named(benchmark, method)]
         return place[0], benchmark, data != "real", variant != "default", variant, place[1], method, notes
 
-    rows = [_row(key, groups[key]) for key in sorted(groups, key=order)]
+    rows = [_row(key, parted[key]) for key in sorted(parted, key=order)]
     alone = {(row.benchmark, row.data, row.variant): row for row in rows if row.method == "single"}
     for row in rows:
         if row.method != "single" and (single := alone.get((row.benchmark, row.data, row.variant))) is not None:

@@ -170,6 +170,12 @@ def test_runs_whose_scripts_had_other_defaults_are_other_rows(tmp_path):
     assert tables.command(rows[1]) == "python main_cifar100.py --method gpm --lr 1.0 --seed 2"
 
 
+def test_an_edited_default_and_the_flag_of_the_same_value_are_one_row(tmp_path):
+    for seed, lr, variant in ((1, 0.01, "default"), (2, 1.0, "default"), (3, 1.0, "lr=1.0")):
+        write(tmp_path / str(seed), seed=seed, variant=variant, hyperparameters={"lr": lr})
+    assert [(row.variant, row.seeds) for row in rows_of(tmp_path)] == [("lr=0.01", [1]), ("lr=1.0", [2, 3])]
+
+
 def test_an_old_files_flags_of_other_methods_part_no_row(tmp_path):
     for seed, value in ((1, 10.0), (2, 100.0)):
         write(tmp_path / str(seed), seed=seed, hyperparameters={"ewc_lambda": value})
