@@ -106,13 +106,14 @@ def sorted_by(row: Row) -> dict[str, float]:
     return {heading: e.mean if e else -1e9 for heading, e in estimates.items()} | {"time a run": row.seconds}
 
 
-def pictures(rows: Sequence[Row], against: str | None) -> list[dict[str, str]]:
+def pictures(rows: Sequence[Row], against: str | None) -> list[dict[str, Any]]:
     """The pictures of some rows as data URLs, but for the heat maps: the runs' matrices are tables here."""
     found = []
 
     def keep(figure: Figure, name: str) -> None:
         if not name.endswith("-accuracy"):
-            found.append({"name": name, "url": _data_url("image/svg+xml", as_svg(figure))})
+            wide = figure.get_figwidth() > 3 * figure.get_figheight()  # takes the whole width of the page
+            found.append({"name": name, "url": _data_url("image/svg+xml", as_svg(figure)), "wide": wide})
 
     draw_pictures(rows, keep, against)
     return found

@@ -29,7 +29,8 @@ def interference_histograms(
         layers = [layers[round(i * (len(layers) - 1) / (MOST_PANELS - 1))] for i in range(MOST_PANELS)]
     across = min(3, len(layers))
     width, down = 3.1 * across + 1.4, -(-len(layers) // across)
-    figure = Figure(figsize=(width, 2.5 * down + 0.7), layout="constrained")
+    height = max(2.5, 0.9 + 0.17 * len(found))  # a line of numbers for each row fits into a panel
+    figure = Figure(figsize=(width, height * down + 0.7), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False, sharex=True)
     for axes in grid.flat[len(layers) :]:
         axes.set_visible(False)
@@ -42,7 +43,7 @@ def interference_histograms(
             axes.stairs(np.where(density > 0, density, np.nan), EDGES, color=color, linewidth=1.3, label=label)
             axes.text(
                 0.93,
-                0.95 - 0.1 * index,
+                0.97 - min(0.1, 0.94 / len(found)) * index,
                 f"{100 * ratio:{'.2g' if ratio < 0.1 else '.0f'}} %",
                 color=color,
                 fontsize=TICK - 1.5,

@@ -93,6 +93,19 @@ def test_unfinished_runs_are_listed(runs, page):
     assert f"unfinished: {runs / 'b'}" in page().read_text()
 
 
+def test_a_wide_picture_has_the_pages_width(runs, page):
+    for i, method in enumerate(("er", "ewc", "hat", "owm", "a_gem", "sgp", "trgp", "cuber")):
+        write(runs / str(i), method=method)
+    tags = Elements(page().read_text()).tags
+    classes = {
+        image["alt"]: figure.get("class")
+        for (_, figure), (tag, image) in zip(tags, tags[2:], strict=False)
+        if tag == "img"
+    }
+    stem = "real-cifar100-default"
+    assert classes[f"{stem}-methods"] == "wide" and classes[f"{stem}-gpm-memory"] is None
+
+
 def test_a_sweep_is_in_it_too(tmp_path, page, capsys):
     for value in (0.9, 0.99):
         changes = {"variant": f"threshold={value}", "hyperparameters": {"threshold": [value]}}

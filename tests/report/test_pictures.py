@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -10,6 +12,7 @@ from report import __main__ as report
 from report.plots import draw as figures
 from report.plots.accuracy import accuracy_heat_map, accuracy_over_time, mean_matrix
 from report.plots.draw import comparisons, draw_pictures
+from report.plots.interference import interference_histograms
 from report.plots.memory import mean_columns, memory_growth
 from report.plots.style import save
 from report.published import Estimate
@@ -73,6 +76,20 @@ def test_costs_and_interference_are_drawn_where_they_are_known(tmp_path):
     assert report.main([str(tmp_path / "runs"), "--plots", str(tmp_path / "figures")]) == 0
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert {"real-cifar100-default-costs.pdf", "real-cifar100-default-interference.pdf"} <= names
+
+
+@pytest.mark.parametrize("n_rows", [2, 20])
+def test_each_rows_interference_stands_inside_its_panel(tmp_path, n_rows):
+    runs = [with_costs()["interference"]]
+    figure = interference_histograms(
+        {f"row {i}": runs for i in range(n_rows)}, {f"row {i}": "k" for i in range(n_rows)}, ""
+    )
+    save(figure, tmp_path / "figure.png")
+    (panel,) = figure.axes
+    boxes = [text.get_window_extent() for text in panel.texts]
+    assert len(boxes) == n_rows
+    assert all(upper.y0 >= lower.y1 - 0.5 for upper, lower in itertools.pairwise(boxes))  # pixels; none hides another
+    assert boxes[-1].y0 >= panel.get_window_extent().y0
 
 
 def test_costs_are_relative_to_the_largest_memory_and_per_epoch(tmp_path, monkeypatch):
