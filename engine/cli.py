@@ -15,7 +15,7 @@ from engine import hardware
 from engine.distributed import is_first_to_say, joined
 from engine.interrupts import Stopped, stoppable
 from engine.method import Method
-from engine.options import Options, check, default_of, defaults, inherited, is_read, told, with_flags
+from engine.options import Options, check, default_of, defaults, is_read, told, with_flags
 from engine.progress import tolerate_consoles
 from gradproj.errors import DivergenceError, InputError
 
@@ -114,7 +114,7 @@ def readers(flag: str, options: type[Options], methods: Methods) -> list[str]:
 def add_flag(parser: Any, field: dataclasses.Field, options: type[Options], methods: Methods) -> None:
     """Add one field of an options dataclass to a parser or a group of one."""
     default = default_of(field)
-    arguments = {**told(inherited(field))["parser"], **told(field)["parser"]}
+    arguments = dict(told(field)["parser"])
     help = told(field)["help"].replace("%", "%%")
     if shown := _shown_default(field, options, methods):
         help += f" (default: {shown})"

@@ -238,7 +238,7 @@ def complete(options: Options, method: MethodType) -> Options:
 
 def is_read(field: dataclasses.Field, method: MethodType) -> bool:
     """Whether a run by this method reads a field of its options."""
-    return field.name in method.reads or not told(inherited(field))["read_by_some"]
+    return field.name in method.reads or not told(field)["read_by_some"]
 
 
 def inherited(field: dataclasses.Field) -> dataclasses.Field:
@@ -247,9 +247,16 @@ def inherited(field: dataclasses.Field) -> dataclasses.Field:
 
 
 def told(field: dataclasses.Field) -> Mapping[str, Any]:
-    """What `flag` was told of a field; where a script gives a plain default, of the field that it overrides."""
+    """What `flag` was told of a field; what a script leaves out stands at the field that it overrides."""
     nothing = {"help": "", "affects_results": True, "read_by_some": False, "bounds": {}, "parser": {}}
-    return field.metadata or inherited(field).metadata or nothing
+    known = inherited(field).metadata or nothing
+    own = field.metadata or known
+    return {
+        **own,
+        "read_by_some": known["read_by_some"],
+        "bounds": own["bounds"] or known["bounds"],
+        "parser": {**known["parser"], **own["parser"]},
+    }
 
 
 def overridden(options: Options, method: MethodType) -> list[str]:
@@ -297,12 +304,11 @@ def _script_default(options: Options, name: str) -> Any:
 def _check_kind(field: dataclasses.Field, value: Any) -> None:
     """Raise InputError for a value of another kind than its field's, or none of its choices: the command line lets none
     through, but a script's own defaults are anybody's."""
-    known = inherited(field)
-    choices = told(field)["parser"].get("choices") or told(known)["parser"].get("choices")
+    choices = told(field)["parser"].get("choices")
     if choices is not None:
         _require(value in choices, field.name, repr(value), f"one of {', '.join(map(str, choices))}")
         return
-    usual = default_of(known)
+    usual = default_of(inherited(field))
     if value is None and (usual is None or "None" in str(field.type)):
         return
     if field.name == "n_samples":
@@ -324,8 +330,7 @@ def _is_a(kind: type, value: Any) -> bool:
 
 def _check_bounds(field: dataclasses.Field, value: Any) -> None:
     """Raise InputError where a number, or one of several, is out of its field's bounds or beyond float32's."""
-    bounds = told(field)["bounds"] or told(inherited(field))["bounds"]
-    above, minimum, below, maximum = map(bounds.get, ("above", "minimum", "below", "maximum"))
+    above, minimum, below, maximum = map(told(field)["bounds"].get, ("above", "minimum", "below", "maximum"))
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             continue

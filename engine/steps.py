@@ -38,16 +38,19 @@ def make_steps(method: Method, optimizer: torch.optim.Optimizer, t: int, task: T
     if options.step == "auto" and device == "cpu" and method.plain_step and options.amp == "off":
         if is_plain_sgd(optimizer) and is_plain_chain(method.model, optimizer, t, task.train.images[:2]):
             return FusedSteps(method, task.train, options.batch_size_train)
-    if options.step == "auto" and device == "cuda" and (method.plain_step or method.graph_step):
+    # Of other optimisers a rehearsal of the graph would leave traces in what they remember.
+    may_record = (method.plain_step or method.graph_step) and type(optimizer) is torch.optim.SGD
+    if options.step == "auto" and device == "cuda" and may_record:
         return GraphSteps(method, optimizer, t, task.train)
     return EagerSteps(method, optimizer, t, task.train)
 
 
 def is_plain_sgd(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step of an optimiser is W ← W - lr G and nothing else."""
-    return type(optimizer) is torch.optim.SGD and not any(
-        group["momentum"] or group["weight_decay"] or group["maximize"] for group in optimizer.param_groups
-    )
+    if type(optimizer) is not torch.optim.SGD or len(optimizer.param_groups) > 1:  # groups may have rates of their own
+        return False
+    (group,) = optimizer.param_groups
+    return not (group["momentum"] or group["weight_decay"] or group["maximize"])
 
 
 def is_plain_chain(model: nn.Module, optimizer: torch.optim.Optimizer, t: int, images: Tensor) -> bool:

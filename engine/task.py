@@ -98,8 +98,10 @@ def join(tasks: Sequence[Task], n_tasks: int) -> Task:
         {part: len(getattr(task, part).labels) for part in PARTS} for task in map(tasks.__getitem__, range(n_tasks))
     ]
     joined: dict[str, Split] = {}
+    n_classes = 0
     for t in range(n_tasks):
         task = tasks[t]
+        n_classes = max(n_classes, task.n_classes)
         for part in PARTS:
             images, labels = getattr(task, part)
             if t == 0:
@@ -109,7 +111,7 @@ def join(tasks: Sequence[Task], n_tasks: int) -> Task:
             rows = slice(start, start + len(labels))
             joined[part].images[rows] = images
             joined[part].labels[rows] = torch.stack([labels, torch.full_like(labels, t)], dim=1)
-    return Task("all tasks", task.n_classes, **joined)
+    return Task("all tasks", n_classes, **joined)
 
 
 @dataclass(frozen=True)

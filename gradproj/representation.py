@@ -236,7 +236,7 @@ class Gatherer:
         key = (id(inputs), count, layer.signature(arguments))
         given = self._recent.get(key)
         if given is not None and (
-            given.tensor() is not inputs or given.version != inputs._version or layer.name in given.takers
+            given.tensor() is not inputs or given.version != version(inputs) or layer.name in given.takers
         ):
             given = None
         source = self.sources.get(layer.name)
@@ -247,7 +247,7 @@ class Gatherer:
             self.sources[layer.name] = source
         if given is None or given.source is not source:
             chosen = self._chosen(inputs[:count], layer)
-            given = Input(weakref.ref(inputs), inputs._version, source, layer, chosen, function, arguments)
+            given = Input(weakref.ref(inputs), version(inputs), source, layer, chosen, function, arguments)
             self._recent[key] = given
             if len(source.members) > 1:
                 given.chosen = chosen.clone()
@@ -338,3 +338,8 @@ class Gatherer:
             return columns
         chosen = torch.randperm(columns.shape[1], generator=self.random)[:most]
         return columns[:, chosen.to(columns.device)]
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; inference tensors do not count that, and cannot be changed outside."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -17,8 +17,9 @@ from gradproj.representation import Representation
 RankRule = Literal["paper", "released"]
 
 EPS = torch.finfo(torch.float64).eps
-# Up to this ε single precision decides ranks as well as double does; from this size on a full decomposition is slow.
-FAST_THRESHOLD, LARGE = 0.9999, 2048
+FAST_THRESHOLD = 0.9999  # up to this ε single precision decides ranks as well as double does
+# From here on a full decomposition is slow: inputs d where R Rᵀ was gathered, columns n where R itself is.
+MANY_INPUTS, MANY_COLUMNS = 2048, 256
 
 
 def extend_basis(
@@ -64,10 +65,14 @@ def extend_basis(
         return basis
     fast = fast and threshold <= FAST_THRESHOLD and rank_rule == "paper"
     if representation.gram is not None:
-        new = (_by_large_gram if fast and d >= LARGE else _by_gram)(basis, representation.gram, threshold, rank_rule)
+        if fast and d >= MANY_INPUTS:
+            new = _by_large_gram(basis, representation.gram, threshold)
+        else:
+            new = _by_gram(basis, representation.gram, threshold, rank_rule)
+    elif fast and representation.n >= MANY_COLUMNS:
+        new = _by_large_columns(basis, representation.held, threshold)
     else:
-        columns, large = representation.held, representation.n >= LARGE // 8
-        new = (_by_large_columns if fast and large else _by_columns)(basis, columns, threshold, rank_rule)
+        new = _by_columns(basis, representation.held, threshold, rank_rule)
     return torch.cat([basis, new[:, :room]], dim=1)
 
 
@@ -114,13 +119,13 @@ def _by_gram(basis: Tensor, gram: Tensor, threshold: float, rank_rule: RankRule)
     return directions[:, :r] if complement is None else complement @ directions[:, :r]
 
 
-def _by_large_gram(basis: Tensor, gram: Tensor, threshold: float, _rank_rule: RankRule) -> Tensor:
+def _by_large_gram(basis: Tensor, gram: Tensor, threshold: float) -> Tensor:
     """New directions from C = R Rᵀ, without those that ε does not need."""
     missing = float(threshold * gram.trace() - ((gram @ basis) * basis).sum())
     return leading_directions(gram, basis, missing) if missing > 0 else basis[:, :0]
 
 
-def _by_large_columns(basis: Tensor, representation: Tensor, threshold: float, _rank_rule: RankRule) -> Tensor:
+def _by_large_columns(basis: Tensor, representation: Tensor, threshold: float) -> Tensor:
     """New directions from R (d, n) with n < d, by way of R̂ᵀ R̂ (n, n): R̂ v for each of its leading eigenvectors v."""
     residual = _remove(basis.float(), representation.float())
     total = representation.double().square().sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -90,8 +91,20 @@ class GPM(Method):
         if self.options.n_samples != "all":
             return [train.images[order[: self.options.n_samples]]], self.samples
         # Batches of the usual size, so that batch statistics mean the same as with few samples.
-        size = defaults(type(self.options), type(self), self.options.protocol)["n_samples"]
-        return (train.images[order[start:stop]] for start, stop in batches(len(order), size)), {}
+        usual = defaults(type(self.options), type(self), self.options.protocol)["n_samples"]
+        return Batches(train.images, order, self.options.batch_size_test if usual == "all" else usual), {}
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Images in some order, a batch at a time, as often as anybody goes through them."""
+
+    images: Tensor
+    order: Tensor
+    size: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.images[self.order[start:stop]] for start, stop in batches(len(self.order), self.size))
 
 
 def samples_by_layer(samples: dict[str, int], layers: list[str]) -> dict[str, int]:

@@ -15,6 +15,9 @@ from engine.options import Options, flag
 from engine.seeds import generator
 from engine.task import Task
 from gradproj.errors import InputError
+from gradproj.layers.convolution import ConvolutionLayer
+from gradproj.layers.linear import LinearLayer
+from methods.parts.modules import refuse_other_kinds
 from methods.parts.units import find_units
 
 MOST_EMBEDDING, MOST_EXPONENT = 6.0, 50.0  # the paper's clamps: |e| <= 6, |s e| <= 50 inside cosh
@@ -57,6 +60,7 @@ class HAT(Method):
         super().__init__(model, options)
         options = self.options
         self.layers = self.shared_layers()
+        refuse_other_kinds(self.name, self.layers, (LinearLayer, ConvolutionLayer))
         self.slope, self.step, self.n_batches, self.task = options.hat_smax, 0, 1, 0
         self.norms: dict[str, str] = {}  # by layer, the normalisation that completes its units
         self.sources: dict[str, list[str]] = {}  # by layer, the layers whose units feed it; none: the images

@@ -14,8 +14,11 @@ from engine.seeds import generator, random_order
 from engine.task import Task, batches
 from gradproj.errors import InputError
 from gradproj.layers import Layer
+from gradproj.layers.convolution import ConvolutionLayer, TransposedConvolutionLayer
+from gradproj.layers.linear import LinearLayer
 from gradproj.projection import LayerProjector, Projector
 from gradproj.protection import projecting
+from methods.parts.modules import refuse_other_kinds, refuse_other_uses
 
 
 class OWM(Method):
@@ -49,8 +52,9 @@ class OWM(Method):
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
         self.layers = self.shared_layers()
+        refuse_other_kinds(self.name, self.layers, (LinearLayer, ConvolutionLayer, TransposedConvolutionLayer))
         self.gram = {  # Σ x̄ x̄ᵀ (d, d)
-            key: layer.module.weight.new_zeros(layer.input_size, layer.input_size, dtype=torch.float64)
+            key: torch.zeros(layer.input_size, layer.input_size, dtype=torch.float64, device=layer.device)
             for layer in self.layers.values()
             for key in layer.keys
         }
@@ -72,11 +76,13 @@ class OWM(Method):
     def learning(self, t: int, task: Task) -> Iterator[None]:
         """Train with gradients G P."""
         if t == 0:  # P = I
+            forward = lambda: self.model(task.train.images[:2], t)  # noqa: E731
+            refuse_other_uses(self.name, self.model, self.layers, forward)
             yield
             return
         self.projectors = {
             name: LayerProjector(
-                layer, [Projector("dense", self.matrix(key).to(layer.module.weight)) for key in layer.keys]
+                layer, [Projector("dense", self.matrix(key).to(layer.all_parameters[0])) for key in layer.keys]
             )
             for name, layer in self.layers.items()
         }

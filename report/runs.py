@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from engine.record import load_summary
 from gradproj.errors import InputError
 
-LOCAL_ONLY = ("data_dir", "output_dir", "quiet")  # hyperparameters of the machine a run was made on, nobody else's
+# Hyperparameters of the machine a run was made on, nobody else's.
+LOCAL_ONLY = ("data_dir", "output_dir", "run_folder", "images", "tasks", "quiet")
 
 
 class Run(NamedTuple):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from engine import cli
 from engine.folder import run_folder
 from engine.method import Method, why_not
-from engine.options import Options, inherited, results_options, told
+from engine.options import Options, results_options, told
 from gradproj.errors import InputError
 from methods import METHODS
 from report.published import SUCCESSORS
@@ -132,7 +132,7 @@ def why_it_cannot_run(benchmark: str, embedded: bool, flags: Sequence[Sequence[s
     """Why a benchmark cannot run on this machine or with these flags, of reasons that are nobody's fault."""
     given = {flag_name(flag): flag[0].partition("=")[2] or flag[-1] for flag in flags}
     field = script_options(benchmark).__dataclass_fields__["protocol"]
-    known = (told(field)["parser"] or told(inherited(field))["parser"])["choices"]
+    known = told(field)["parser"]["choices"]
     if given.get("protocol", known[0]) not in known:
         return f"whose protocols are {' and '.join(known)}"
     folder = Path(given.get("data_dir", "data"), benchmark)

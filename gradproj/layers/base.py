@@ -155,7 +155,7 @@ class Layer:
         first = self.all_parameters[0]
         given = {call.weight: torch.zeros_like(first) if weight is None else weight, call.bias: bias}
         changed = {**arguments, **given}
-        return [function(*(changed[name] for name in call.arguments if name in changed))]
+        return [function(**{name: changed[name] for name in call.arguments if name in changed})]
 
     def signature(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
         """What else than the input decides the columns: layers of one signature share them."""

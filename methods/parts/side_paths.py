@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from engine import state
 from engine.options import Options
 from engine.task import Task
-from gradproj.errors import InputError
 from gradproj.layers import Layer
-from gradproj.layers.convolution import ConvolutionLayer
-from gradproj.layers.linear import LinearLayer
+from gradproj.layers.convolution import ConvolutionLayer, TransposedConvolutionLayer
+from gradproj.layers.linear import LinearLayer, TransposedLinearLayer
 from methods.gpm import GPM
+from methods.parts.modules import refuse_other_kinds, refuse_other_uses
 
 
 class SidePath(NamedTuple):
@@ -89,7 +89,8 @@ def forward_on_changed_weights(layer: Layer, groups: Sequence[Sequence[SidePath]
         return layer.from_rows(torch.cat(sums))
 
     def changed_forward(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():  # a memory that gathers the layer's inputs looks where W itself is applied
+        watched = not torch.is_grad_enabled() and torch._C._len_torch_function_stack()
+        if watched:  # a memory that gathers the layer's inputs looks where W itself is applied
             forward(*args, **kwargs)
         before = [(owner, name, owner._parameters.get(name)) for owner, name in layer.owners]
         with torch._C.DisableTorchFunction():  # a protected weight is meant to be used here: no reason to warn
@@ -119,15 +120,13 @@ class SidePathGPM(GPM):
     """
 
     plain_step, graph_step, task_identity, one_network = False, True, True, False
-    embeddings, learns_when_full = False, True
+    learns_when_full = True
     shifts: list[dict[str, Any]]
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
-        layers = self.memory.layers.items()
-        others = [name for name, layer in layers if not isinstance(layer, (LinearLayer, ConvolutionLayer))]
-        if others:
-            raise InputError(f"{self.name} changes Linear layers and convolutions; not {', '.join(others)}")
+        kinds = (LinearLayer, TransposedLinearLayer, ConvolutionLayer, TransposedConvolutionLayer)
+        refuse_other_kinds(self.name, self.memory.layers, kinds)
 
     def side_paths(self, t: int) -> dict[str, list[SidePath]]:
         """Those of task t, by key."""
@@ -138,6 +137,9 @@ class SidePathGPM(GPM):
 
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
+        if t == 0:
+            forward = lambda: self.model(task.train.images[:2], t)  # noqa: E731
+            refuse_other_uses(self.name, self.model, self.memory.layers, forward)
         with self.testing(t), super().learning(t, task):
             yield
 

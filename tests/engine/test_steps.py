@@ -188,6 +188,23 @@ def test_a_method_that_moves_some_weights_only_runs_eagerly():
     assert type(make_steps(method, optimizer, 0, chain_task(5, torch.float32))) is EagerSteps
 
 
+def test_groups_with_rates_of_their_own_run_eagerly():
+    method = Naive(Chain([N_INPUTS, 8, N_CLASSES]), options())
+    first, last = ({"params": layer.weight, "lr": lr} for layer, lr in zip(method.model.layers, (LR, 0.0), strict=True))
+    task = chain_task(5, torch.float32)
+    assert type(make_steps(method, torch.optim.SGD([first, last], lr=LR), 0, task)) is EagerSteps
+
+
+def test_an_optimizer_whose_state_a_rehearsal_would_change_runs_eagerly(monkeypatch):
+    monkeypatch.setattr(Tensor, "device", torch.device("cuda"))
+    method = Naive(Chain([N_INPUTS, 8, N_CLASSES]), options())
+    steps = [
+        make_steps(method, kind(method.parameters(0), LR), 0, chain_task(5))
+        for kind in (torch.optim.SGD, torch.optim.Adam)
+    ]
+    assert [type(each) for each in steps] == [GraphSteps, EagerSteps]
+
+
 def test_a_method_with_a_step_of_its_own_runs_eagerly():
     class Doubled(Method):
         name = "doubled"

@@ -39,6 +39,16 @@ class TestHalfPrecision:
         assert learned.verified.holds
 
 
+def test_a_forward_in_inference_mode():
+    model = mlp()
+    memory = GradientProjectionMemory(model)
+    with torch.inference_mode():
+        memory.update(lambda batch: model(batch), [OLD], threshold=1.0)
+    other = GradientProjectionMemory(model)
+    other.update(torch.inference_mode()(model), [OLD], threshold=1.0)
+    assert memory.columns == other.columns == {"0": 3, "2": 3, "4": 3}
+
+
 class SamePadding(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from gradproj import interference
 from gradproj.layers import find_layers
@@ -51,6 +52,21 @@ def test_a_convolution_that_did_not_move_does_not_interfere():
     found = moved(model, torch.randn(6, 3, 9, 9), lambda name, p: 0.5 * p if name.startswith("2.") else 0 * p)
     assert found["0"]["ratio"] == 0.0
     assert found["2"]["ratio"] == pytest.approx(0.5, rel=1e-5)  # ΔW = W / 2, so ΔW x = W x / 2
+
+
+class Keywords(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias, dilation=2)
+
+
+def test_a_function_called_by_keywords():
+    torch.manual_seed(0)
+    model, images = nn.Sequential(Keywords(2, 3, 3)), torch.randn(6, 2, 9, 9)
+    usual = model(images).square().mean().sqrt()
+    steps = {name: 0.1 * torch.randn_like(p) for name, p in model.named_parameters()}
+    change = F.conv2d(images, steps["0.weight"], steps["0.bias"], dilation=2).square().mean().sqrt()
+    ratio = moved(model, images, lambda name, p: steps[name])["0"]["ratio"]
+    assert ratio == pytest.approx(float((change / usual).detach()), rel=1e-5)
 
 
 def test_hooks_on_the_outputs_change_nothing():

@@ -75,7 +75,8 @@ def test_all_that_is_left_where_nothing_less_suffices():
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_extending_fast_holds_the_threshold(monkeypatch, n, tasks):
     """Fewer samples than inputs, and more; a task after others."""
-    monkeypatch.setattr(subspace, "LARGE", 40)
+    monkeypatch.setattr(subspace, "MANY_INPUTS", 40)
+    monkeypatch.setattr(subspace, "MANY_COLUMNS", 5)
     exact = fast = torch.zeros(60, 0, dtype=DOUBLE)
     for t in range(tasks):
         R = matrix(60, n, 1.2, seed=t).float()
@@ -87,7 +88,7 @@ def test_extending_fast_holds_the_threshold(monkeypatch, n, tasks):
 
 
 def test_a_high_threshold_is_decided_exactly(monkeypatch):
-    monkeypatch.setattr(subspace, "LARGE", 10)
+    monkeypatch.setattr(subspace, "MANY_INPUTS", 10)
     seen = Representation(60).add(matrix(60, 90, 1.2))
     empty = torch.zeros(60, 0, dtype=DOUBLE)
     assert torch.equal(extend_basis(empty, seen, 0.99995, fast=True), extend_basis(empty, seen, 0.99995))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.seeds import generator
+from methods import gpm as gpm_module
 from tests import tiny
 from tests.methods.cases import MethodCase, Slow, SlowGPM
 from tests.tiny_nets import method
@@ -81,6 +82,19 @@ def test_all_images_come_in_batches_of_the_usual_size(recorded):
         assert [len(batch) for batch in call["batches"]] == [125, 125, 50]
         assert sorted(places(torch.cat(call["batches"]), t, 300)) == list(range(300))
         assert call["samples"] == {}
+
+
+def test_all_images_may_be_gone_through_twice():
+    """As where the matrices of all layers do not fit into memory at once."""
+    images, _ = method(tiny.Network(), "gpm", n_samples="all", samples={}).representative(0, tiny.task(0, 300).train)
+    assert torch.equal(torch.cat(list(images)), torch.cat(list(images)))
+
+
+def test_all_images_where_that_is_the_scripts_own_default(monkeypatch):
+    monkeypatch.setattr(gpm_module, "defaults", lambda *_: {"n_samples": "all"})
+    learner = method(tiny.Network(), "gpm", n_samples="all", samples={}, batch_size_test=30)
+    images, _ = learner.representative(0, tiny.task(0, 60).train)
+    assert [len(batch) for batch in images] == [30, 30]
 
 
 def test_the_network_is_run_for_the_task_at_hand(recorded):

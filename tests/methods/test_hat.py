@@ -209,6 +209,7 @@ def test_embeddings_are_kept_in_range_and_cumulative_gates_only_rise():
     [
         (nn.LayerNorm(12), "hat cannot protect norm.weight: it belongs to no unit"),
         (nn.Conv1d(1, 2, 1, groups=1), "layer norm did not run"),
+        (nn.ConvTranspose1d(2, 2, 1), r"^hat is for layers of the kinds .*; not for norm \(transposed convolution\)$"),
         (nn.Conv1d(2, 2, 1, groups=2), "cannot gate layer norm: it is a convolution in groups"),
     ],
 )

@@ -66,7 +66,9 @@ class Sequential(nn.Module):
 @pytest.mark.parametrize("name", FAMILY)
 def test_attention(name):
     if issubclass(METHODS[name], SidePathGPM):
-        with pytest.raises(InputError, match=f"^{name} changes Linear layers and convolutions; not attention$"):
+        with pytest.raises(
+            InputError, match=rf"^{name} is for layers of the kinds Linear, .*; not for attention \(attention\)$"
+        ):
             method(Attention(), name)
         return
     learner = method(Attention(), name, threshold=(1.0,))
@@ -81,8 +83,9 @@ def test_attention(name):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_embeddings(name):
-    if not METHODS[name].embeddings:
-        with pytest.raises(InputError, match=f"^{name} needs layers with a basis, and embeddings have none: table$"):
+    if issubclass(METHODS[name], SidePathGPM) or not METHODS[name].embeddings:
+        message = r"needs layers with a basis, and embeddings have none: table$|not for table \(embedding\)$"
+        with pytest.raises(InputError, match=message):
             method(Words(), name)
         return
     words = torch.randint(9, (6, 3), generator=torch.Generator().manual_seed(0))
@@ -90,6 +93,31 @@ def test_embeddings(name):
     learner = method(Words(), name)
     learner.after_task(0, Task("words", N_CLASSES, split, split, split))
     assert learner.memory.bases["table"].tolist() == sorted(set(words.flatten().tolist()))
+
+
+class Functional(nn.Module):
+    """Applies a weight in its parent's forward, where hooks on its own module see nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.head = nn.Linear(N_INPUTS, 6), nn.Linear(6, N_CLASSES)
+        self.double()
+
+    def forward(self, images: Tensor, task: int = 0) -> Tensor:
+        return self.head(torch.relu(nn.functional.linear(images, self.fc.weight, self.fc.bias)))
+
+
+@pytest.mark.parametrize("name", ["owm", *(name for name in FAMILY if issubclass(METHODS[name], SidePathGPM))])
+def test_a_weight_applied_where_hooks_do_not_see_it_is_refused_before_training(name):
+    with pytest.raises(InputError, match=f"^{name} sees what layers compute in their own forward; weights of fc are"):
+        learn(method(Functional(), name), 0, steps=0)
+
+
+@pytest.mark.parametrize("network", [Attention, Words])
+def test_owm_refuses_layers_that_it_does_not_know(network):
+    with pytest.raises(InputError, match=r"^owm is for layers of the kinds .*; not for (attention|table) \("):
+        method(network(), "owm")
 
 
 @pytest.mark.filterwarnings("ignore:running statistics of body.2 go on moving")

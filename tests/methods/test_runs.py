@@ -1,6 +1,7 @@
 """Every method through whole runs: on one head and on many, and continued after a failure to the same numbers."""
 
 import math
+import dataclasses
 import time
 from dataclasses import replace
 
@@ -141,6 +142,11 @@ def test_state_is_a_snapshot():
             snapshots.append((state, [leaf.clone() for leaf in leaves(state)]))
         for state, copy in snapshots:
             assert_close(list(leaves(state)), copy, atol=0, rtol=0, msg=name)
+
+
+def test_tasks_of_different_numbers_of_classes_join_into_one_of_the_most():
+    tasks = [dataclasses.replace(task, n_classes=n) for task, n in zip(tiny.benchmark(3).tasks, (5, 3, 4), strict=True)]
+    assert join(tasks, 3).n_classes == 5
 
 
 def leaves(state):
