@@ -1,7 +1,6 @@
 """Every method through whole runs: on one head and on many, and continued after a failure to the same numbers."""
 
 import math
-import dataclasses
 import time
 from dataclasses import replace
 
@@ -145,7 +144,7 @@ def test_state_is_a_snapshot():
 
 
 def test_tasks_of_different_numbers_of_classes_join_into_one_of_the_most():
-    tasks = [dataclasses.replace(task, n_classes=n) for task, n in zip(tiny.benchmark(3).tasks, (5, 3, 4), strict=True)]
+    tasks = [replace(task, n_classes=n) for task, n in zip(tiny.benchmark(3).tasks, (5, 3, 4), strict=True)]
     assert join(tasks, 3).n_classes == 5
 
 
