@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from gradproj import GradientProjectionMemory
+from gradproj.gatherer import Gatherer
 from gradproj.gathering import gather
-from gradproj.representation import Gatherer
 from gradproj.subspace import extend_basis
 
 EPSILON = 0.97

@@ -13,7 +13,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from gradproj.errors import InputError
-from gradproj.representation import Gatherer, Representation, SeenRows, Source
+from gradproj.gatherer import Gatherer, Source
+from gradproj.representation import Representation, SeenRows
 
 _alone = 0  # nested `alone` blocks
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an entry

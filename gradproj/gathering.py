@@ -10,8 +10,9 @@ from torch import nn
 from gradproj.batches import Forward, Mask, as_batches, in_eval_mode, masks, runner
 from gradproj.distributed import all_or_none, check_same_model, merge, refuse_sharded
 from gradproj.errors import DivergenceError, InputError
+from gradproj.gatherer import Gatherer
 from gradproj.layers import Layer
-from gradproj.representation import Gatherer, Representation, SeenRows
+from gradproj.representation import Representation, SeenRows
 
 
 def gather(

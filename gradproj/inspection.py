@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from gradproj.batches import Forward, Mask, in_eval_mode, masks, runner
 from gradproj.errors import InputError
+from gradproj.gatherer import Gatherer
 from gradproj.layers import Layer, Selection
 from gradproj.layers.uses import Uses, plain_paths
 from gradproj.normalization import is_normalization
-from gradproj.representation import Gatherer, Representation, SeenRows
+from gradproj.representation import Representation, SeenRows
 from gradproj.subspace import extend_basis
 
 DECOMPOSED = 1024  # inputs of a layer up to which `inspect` decomposes what it sees
@@ -29,6 +30,7 @@ class Memory(Protocol):
     bases: dict[str, Tensor]
     exclude: Selection
     include: Selection | None
+    n_updates: int
 
     @property
     def columns(self) -> dict[str, int]: ...

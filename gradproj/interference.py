@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradproj.batches import in_eval_mode
 from gradproj.layers import Layer
 from gradproj.layers.uses import Uses, plain_paths
+from gradproj.snapshot import difference, parameter_names
 
 # Bins of ΔW x, in units of the root mean square of the layer's old output W x; the outer ones take all beyond.
 EDGES = np.linspace(-0.5, 0.5, 102)
@@ -33,11 +34,8 @@ def interference(
         the latter, in the bins of EDGES. Biases count as weights of a constant input.
     """
     now = {name: value.clone() for name, value in model.state_dict().items()}
-    names = {id(p): name for name, p in model.named_parameters()}
-    change = {
-        name: [None if p is None else now[names[id(p)]] - before[names[id(p)]].to(p) for p in layer.parameters]
-        for name, layer in layers.items()
-    }
+    names = parameter_names(model)
+    change = {name: difference(layer, names, now, before) for name, layer in layers.items()}
     moved: dict[str, list[Tensor]] = {name: [] for name in layers}
     usual: dict[str, list[Tensor]] = {name: [] for name in layers}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.batches import Forward, Mask, as_batches
-from gradproj.concerns import what_can_forget, what_rounds, what_steps_past
-from gradproj.distributed import checksum, refuse_sharded
-from gradproj.errors import FullLayerWarning, InputError, warn_caller
+from gradproj.concerns import what_rounds
+from gradproj.distributed import refuse_sharded
+from gradproj.errors import FullLayerWarning, InputError
 from gradproj.files import load_tensors, save_tensors
+from gradproj.gatherer import Gatherer
 from gradproj.gathering import gather, passes
+from gradproj.growth import grown, thresholds_by_layer
 from gradproj.inspection import Check, inspect, refuse_changed, table
 from gradproj.layers import Layer, Selection, find_layers
 from gradproj.normalization import frozen, normalization_parameters
@@ -25,13 +27,13 @@ from gradproj.optimizers import (
     projected_updates,
     trainers,
     unwrapped,
-    watched_steps,
 )
 from gradproj.projection import LayerProjector, layer_projector
 from gradproj.protection import Protection, projecting, watching
-from gradproj.representation import Gatherer, Representation, SeenRows
-from gradproj.subspace import FAST_THRESHOLD, RankRule, extend_basis, held_energy
-from gradproj.verification import Verification, leaks, verification, what_moved
+from gradproj.representation import Representation, SeenRows
+from gradproj.subspace import FAST_THRESHOLD, RankRule
+from gradproj.verification import Verification, leaks, verification
+from gradproj.watcher import Watcher
 
 MAX_MEMORY = 2 * 2**30  # bytes
 
@@ -86,15 +88,10 @@ class GradientProjectionMemory:
         self.n_updates = 0
         self._hosts: dict[str, list[nn.Module]] = {}  # by layer name, in whose forward its weight is applied
         self._modules = {name: layer.module for name, layer in self.layers.items()}
-        self._reference: dict[str, Tensor] = {}  # what could move, as it was when it was last remembered
-        self._frozen: dict[str, int] = {}  # checksums of the parameters that could not
-        self._steps = 0  # of optimisers since then
         self._protection: Protection | None = None  # while `protect` is open
         self._open: ExitStack | None = None  # what `start` opened
-        self._projected: set[int] = set()  # ids of optimisers that `protect_update` sees to
-        self._said: set[str] = set()
-        self._suspects = False  # whether something was said that moves what is remembered
-        self._warn_of_what_can_forget()
+        self._watcher = Watcher(self)
+        self._watcher.say_what_can_forget()
 
     def __repr__(self) -> str:
         return table(self)
@@ -125,16 +122,6 @@ class GradientProjectionMemory:
     def _normalization(self) -> list[nn.Parameter]:
         return normalization_parameters(self.model, self.exclude, self.include)
 
-    def _warn_of_what_can_forget(self) -> None:
-        for concern in what_can_forget(self.model, self.exclude, self.include, self.unprotected):
-            self._warn(concern)
-
-    def _warn(self, text: str, category: type[UserWarning] = UserWarning) -> None:
-        """Warn the caller of the library, once of each thing."""
-        if text not in self._said:
-            self._said.add(text)
-            warn_caller(text, category)
-
     def check(
         self, forward: Forward, batch: Any, threshold: float | Mapping[str, float] = 1.0, mask: Mask | None = None
     ) -> Check:
@@ -148,9 +135,9 @@ class GradientProjectionMemory:
             a report, to be printed: layers that do not run, what is not protected, memory and time to expect, layers
             that will be full, weights that are also used otherwise. The latter are warned of too.
         """
-        found = inspect(self, forward, batch, self._thresholds(threshold), mask)
+        found = inspect(self, forward, batch, thresholds_by_layer(threshold, self.layers), mask)
         for leak in found.leaks:
-            self._warn(f"{leak}: old tasks may be forgotten through it")
+            self._watcher.say(f"{leak}: old tasks may be forgotten through it")
         return found
 
     def update(
@@ -186,12 +173,12 @@ class GradientProjectionMemory:
                 only once would have to run more often.
             DivergenceError: a layer's inputs are infinite or NaN.
         """
-        thresholds = self._thresholds(threshold)  # before the work
+        thresholds = thresholds_by_layer(threshold, self.layers)  # before the work
         fast = not self.exact and max(thresholds.values()) <= FAST_THRESHOLD
         bases: dict[str, Tensor] = {}
         for layers, again in passes(self.layers, self.model, forward, batches, samples, mask, max_memory):
             gathered = self._gathered(forward, again, samples, mask, Gatherer(layers, samples, rows, fast))
-            bases |= self._extended(gathered, thresholds, fast, max_columns)
+            bases |= self._grown(gathered, thresholds, fast, max_columns)
         self.replace(bases)
 
     def gather(
@@ -212,7 +199,7 @@ class GradientProjectionMemory:
 
     def extend(self, gathered: Mapping[str, Representation | SeenRows], threshold: float | Mapping[str, float]) -> None:
         """Extend the bases by what was gathered: the second half of `update`."""
-        self.replace(self._extended(gathered, self._thresholds(threshold), fast=False, max_columns=None))
+        self.replace(self._grown(gathered, thresholds_by_layer(threshold, self.layers)))
 
     def _gathered(
         self,
@@ -235,39 +222,19 @@ class GradientProjectionMemory:
             known += [module for module in modules if module not in known]
         return gathered
 
-    def _extended(
+    def _grown(
         self,
         gathered: Mapping[str, Representation | SeenRows],
         thresholds: Mapping[str, float],
-        fast: bool,
-        max_columns: int | None,
+        fast: bool = False,
+        max_columns: int | None = None,
     ) -> dict[str, Tensor]:
-        """New bases by key; layers that share inputs, basis and ε share the new basis too."""
         rule = self.rank_rule if self.n_updates == 0 else "paper"
-        names = {key: name for name, layer in self.layers.items() for key in layer.keys}
-        made: dict[tuple, Tensor] = {}
-        bases: dict[str, Tensor] = {}
-        for key, seen in gathered.items():
-            basis, epsilon = self.bases[key], thresholds[names[key]]
-            if isinstance(seen, SeenRows):
-                rows = seen.seen.clone()
-                rows[basis.to(rows.device)] = True
-                bases[key] = rows.nonzero()[:, 0]
-                continue
-            same = (id(seen), basis.data_ptr(), basis.shape[1], epsilon)
-            if same not in made:
-                made[same] = extend_basis(basis, seen, epsilon, rule, fast=fast, max_columns=max_columns)
-                self._say_what_is_lost(key, made[same], seen, epsilon, max_columns)
-            bases[key] = made[same]
+        layers = self.layers.values()
+        bases, losses = grown(layers, self.bases, gathered, thresholds, rule, fast=fast, max_columns=max_columns)
+        for loss in losses:
+            self._watcher.say(loss)
         return bases
-
-    def _say_what_is_lost(
-        self, key: str, basis: Tensor, seen: Representation, epsilon: float, max_columns: int | None
-    ) -> None:
-        if max_columns is not None and basis.shape[1] >= max_columns and (held := held_energy(basis, seen)) < epsilon:
-            self._warn(
-                f"{key} has {basis.shape[1]} columns, the most allowed; they hold {held:.4f} of its inputs' energy"
-            )
 
     def replace(self, bases: Mapping[str, Tensor]) -> None:
         """Remember a task by bases that were made otherwise: (d, k) float64 with orthonormal columns, by key.
@@ -277,46 +244,15 @@ class GradientProjectionMemory:
         before = set(self.full_layers)
         self.bases = {key: bases[key] for key in self.bases}
         self.n_updates += 1
-        self._steps = 0
-        self._remember_weights()
+        self._watcher.remember()
         if new := [key or "the model" for key in self.full_layers if key not in before]:
             whole = len(self.full_layers) == len(self.bases)
             which = "every layer is" if whole else f"{', '.join(new)} {'are' if len(new) > 1 else 'is'}"
-            self._warn(
+            self._watcher.say(
                 f"{which} full after task {self.n_updates}: no direction is free, so no later task can train "
                 f"{'anything' if whole else 'them' if len(new) > 1 else 'it'}; a lower threshold leaves more",
                 FullLayerWarning,
             )
-
-    def _remember_weights(self) -> None:
-        self._reference, self._frozen = self._what_could_move(), self._what_is_frozen()
-
-    def _what_could_move(self) -> dict[str, Tensor]:
-        """A copy, on the CPU, of all parameters that are trained or protected, and of all buffers."""
-        mine = {id(p) for p in self._protected_parameters()}
-        moving = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad or id(p) in mine]
-        return {name: value.detach().to("cpu", copy=True) for name, value in (*moving, *self.model.named_buffers())}
-
-    def _what_is_frozen(self) -> dict[str, int]:
-        """Checksums of all other parameters."""
-        mine = {id(p) for p in self._protected_parameters()}
-        still = {n: p for n, p in self.model.named_parameters() if not p.requires_grad and id(p) not in mine}
-        return {name: checksum(p) for name, p in still.items() if not p.is_meta}
-
-    def _thresholds(self, given: float | Mapping[str, float]) -> dict[str, float]:
-        """ε of each layer, from one for all or one by name."""
-        values = dict(given) if isinstance(given, Mapping) else dict.fromkeys(self.layers, given)
-        if values.keys() != self.layers.keys():
-            wrong = ", ".join(sorted(values.keys() ^ self.layers.keys()))
-            raise InputError(f"threshold differs from the layers in {wrong}; the layers are: {', '.join(self.layers)}")
-        try:
-            numbers = {name: float(number) for name, number in values.items()}
-        except (TypeError, ValueError) as error:
-            raise InputError(f"threshold is {given!r}; it must be a number, or one by layer name") from error
-        for number in numbers.values():
-            if not 0 < number <= 1:
-                raise InputError(f"threshold is {number}; it must be in (0, 1]")
-        return numbers
 
     @contextmanager
     def protect(
@@ -345,86 +281,36 @@ class GradientProjectionMemory:
         make = projector or (lambda layer: layer_projector(layer, self.bases))
         projectors = {name: make(layer) for name, layer in self.layers.items()}
         with ExitStack() as stack:
-            if self.n_updates and not self._reference:  # the memory was loaded
-                self._remember_weights()
+            if self.n_updates and self._watcher.snapshot is None:  # the memory was loaded
+                self._watcher.remember()
             if self.n_updates:
                 frozen_ones = [*self._normalization(), *(self._open_parameters() if freeze_unprotected else ())]
                 stack.enter_context(frozen(frozen_ones))
                 if concern := what_rounds(self.layers):
-                    self._warn(concern)
+                    self._watcher.say(concern)
             protection = stack.enter_context(projecting(projectors, self._hosts))
-            stack.enter_context(watching(self.model, protection, self._say_of_the_first_pass))
-            projected: set[int] = set()
-            for inner in [] if optimizer is None else trainers(optimizer, self.model):
-                if leaves_gradients(inner, projectors.values()):
-                    stack.enter_context(projected_updates(inner, projectors))
-                    projected.add(id(inner))
+            stack.enter_context(watching(self.model, protection, self._watcher.say_of_the_first_pass))
+            inner = [] if optimizer is None else trainers(optimizer, self.model)
+            leaving = [each for each in inner if leaves_gradients(each, projectors.values())]
+            stack.enter_context(self._projecting_updates(leaving, projectors))
             orthogonal = projectors if projector is None else {}
-            stack.enter_context(self._watching_optimizers(projected, orthogonal))
+            stack.enter_context(self._watcher.steps(orthogonal))
             self._protection = protection
             try:
                 yield projectors
-                self._say_what_moved(orthogonal)
+                self._watcher.say_what_moved(orthogonal)
             finally:
                 self._protection = None
-
-    def _protected_parameters(self) -> list[nn.Parameter]:
-        return [p for layer in self.layers.values() for p in layer.parameters if p is not None]
 
     def _open_parameters(self) -> list[nn.Parameter]:
         names = set(self.unprotected)
         return [p for name, p in self.model.named_parameters() if name in names]
 
-    @contextmanager
-    def _watching_optimizers(self, projected: set[int], projectors: Mapping[str, LayerProjector]) -> Iterator[None]:
-        """Count the steps of optimisers, look at the first of each, and at what 1, 10, 100 … steps have moved.
-
-        Args:
-            projected: the ids of those whose updates are projected.
-            projectors: which gradients must have gone through.
-        """
-        parameters = {id(p) for p in self._protected_parameters()} if any(self.columns.values()) else set()
-        taken = 0
-
-        def count() -> None:
-            nonlocal taken
-            if taken and taken == 10 ** (len(str(taken)) - 1):
-                self._say_what_moved(projectors)
-            taken += 1
-            self._steps += 1
-
-        def look(optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
-            if id(optimizer) not in projected | self._projected:
-                for concern in what_steps_past(optimizer, projectors.values(), not has_closure):
-                    self._suspects = True
-                    self._warn(concern)
-
-        with watched_steps(parameters, look, count):
-            yield
-
-    def _say_what_moved(self, projectors: Mapping[str, LayerProjector]) -> None:
-        """Warn of what moved although its gradients were projected, unless what may move it was named before."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return  # while a CUDA graph is recorded no number is known
-        if self._reference and not self._suspects:
-            layers = [project.layer for project in projectors.values()]
-            found = what_moved(self, layers, self._reference, self._frozen, self._steps)
-            self._say_leaks([f"{what} since task {self.n_updates}" for what in found])
-
-    def _say_of_the_first_pass(self, leaks: list[str]) -> None:
-        self._say_leaks(leaks)
-        self._warn_of_what_can_forget()  # again: statistics move only of modules in training mode, as they are now
-
-    def _say_leaks(self, leaks: list[str]) -> None:
-        for leak in leaks:
-            self._suspects = True
-            self._warn(f"{leak}: old tasks may be forgotten through it")
-
     def _check_modules(self) -> None:
         """Raise InputError where protected modules are no longer what they were; warn of layers that came since."""
         refuse_sharded(self.model)
         refuse_changed(self, self._modules)
-        self._warn_of_what_can_forget()
+        self._watcher.say_what_can_forget()
 
     def start(self, optimizer: Any | None = None, freeze_unprotected: bool = False) -> None:
         """Open `protect` without a with statement, for loops that others drive by callbacks; `stop` closes it."""
@@ -482,15 +368,22 @@ class GradientProjectionMemory:
         the price of a copy of the weights.
         """
         projectors = {name: layer_projector(layer, self.bases) for name, layer in self.layers.items()}
-        inner = unwrapped(optimizer)
-        self._projected |= {id(each) for each in inner}
+        with self._projecting_updates(unwrapped(optimizer), projectors):
+            yield
+
+    @contextmanager
+    def _projecting_updates(
+        self, optimizers: Sequence[torch.optim.Optimizer], projectors: Mapping[str, LayerProjector]
+    ) -> Iterator[None]:
+        mine = {id(optimizer) for optimizer in optimizers} - self._watcher.projected
+        self._watcher.projected |= mine
         try:
             with ExitStack() as stack:
-                for each in inner:
-                    stack.enter_context(projected_updates(each, projectors))
+                for optimizer in optimizers:
+                    stack.enter_context(projected_updates(optimizer, projectors))
                 yield
         finally:
-            self._projected -= {id(each) for each in inner}
+            self._watcher.projected -= mine
 
     def verify(self, forward: Forward, batch: Any, mask: Mask | None = None) -> Verification:
         """Measure how far outputs on a batch have moved since the last update, for each layer and at the end.
@@ -505,10 +398,10 @@ class GradientProjectionMemory:
         Raises:
             InputError: nothing has been remembered yet.
         """
-        if not self._reference:
+        if self._watcher.snapshot is None:
             raise InputError("there is nothing to compare with: update() or protect() comes first")
         self._check_modules()
-        return verification(self, self._reference, self._frozen, self._steps, forward, batch, mask)
+        return verification(self, self._watcher.snapshot, forward, batch, mask)
 
     def leak(self, before: Mapping[str, Tensor]) -> dict[str, float | None]:
         """‖ΔW M‖ / ‖ΔW‖ by key: the part of the weights' movement in protected directions; rounding, if all is well.
@@ -539,7 +432,7 @@ class GradientProjectionMemory:
         modules = list(self.model.modules())
         hosts = state.get("hosts", {})  # by place in the model
         self._hosts = {name: [modules[i] for i in places if i < len(modules)] for name, places in hosts.items()}
-        self._reference, self._steps = {}, 0
+        self._watcher.snapshot = None
 
     def save(self, path: str | Path) -> None:
         """Write the memory to a file."""

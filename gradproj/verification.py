@@ -17,6 +17,7 @@ from gradproj.inspection import Memory, aligned
 from gradproj.layers import Layer, kept_modules
 from gradproj.layers.uses import Uses, plain_paths
 from gradproj.projection import size
+from gradproj.snapshot import Snapshot, current, difference, parameter_names
 
 ROUNDINGS = 16  # a movement of so many roundings is still explained by them
 LEAK = 1e-3  # of a layer's movement; rounding puts less into a basis
@@ -76,45 +77,30 @@ class Verification:
 
 
 @torch.no_grad()
-def verification(
-    memory: Memory,
-    reference: Mapping[str, Tensor],
-    frozen: Mapping[str, int],
-    steps: int,
-    forward: Forward,
-    batch: Any,
-    mask: Mask | None,
-) -> Verification:
+def verification(memory: Memory, snapshot: Snapshot, forward: Forward, batch: Any, mask: Mask | None) -> Verification:
     """Compare a model with what it was when it was last remembered; see `GradientProjectionMemory.verify`.
 
     Args:
         memory: of the model.
-        reference: its trained parameters and its buffers as they were then.
-        frozen: checksums of the parameters that were not trained, by name.
-        steps: that optimisers have taken since.
+        snapshot: of it then.
         forward, batch, mask: as in `verify`.
     """
-    model = memory.model
+    model, layers, names = memory.model, memory.layers, parameter_names(memory.model)
     run, which = runner(forward, model), masks(mask, batch)
-    there = current(model)
-    grown = [name for name, value in reference.items() if name in there and there[name].shape != value.shape]
-    reference = {name: value for name, value in reference.items() if name not in grown}
-    now = {name: value.detach().clone() for name, value in there.items() if name in reference}
-    names = {id(p): name for name, p in model.named_parameters()}
-    covered = {names[id(p)] for layer in memory.layers.values() for p in layer.parameters if p is not None}
-    if resized := [name for name in grown if name in covered]:
-        raise InputError(f"{', '.join(resized)} had another shape when it was remembered, so nothing can be compared")
-    changes = {
-        name: [None if p is None else now[names[id(p)]] - reference[names[id(p)]].to(p) for p in layer.parameters]
-        for name, layer in memory.layers.items()
+    there, resized = current(model), snapshot.resized(model)
+    covered = {names[id(p)] for layer in layers.values() for p in layer.parameters if p is not None}
+    if wrong := [name for name in resized if name in covered]:
+        raise InputError(f"{', '.join(wrong)} had another shape when it was remembered, so nothing can be compared")
+    before = {name: value for name, value in snapshot.values.items() if name not in resized}
+    now = {name: value.detach().clone() for name, value in there.items() if name in before}
+    changes = {name: difference(layer, names, now, before) for name, layer in layers.items()}
+    generator, parameters = torch.Generator().manual_seed(0), set(names.values())
+    rounded = {
+        name: _rounded(value, now[name], max(1, snapshot.steps), generator)
+        for name, value in before.items()
+        if name in parameters
     }
-    generator = torch.Generator().manual_seed(0)
-    trained = set(names.values())
-    shaken = {n: _rounded(value, now[n], max(1, steps), generator) for n, value in reference.items() if n in trained}
-    noise = {
-        name: [None if p is None else shaken[names[id(p)]] - reference[names[id(p)]] for p in layer.parameters]
-        for name, layer in memory.layers.items()
-    }
+    noise = {name: difference(layer, names, rounded, before) for name, layer in layers.items()}
     found: dict[str, Movement] = {}
     roundings: list[float] = []  # of one output, by what layers compute in
 
@@ -130,53 +116,47 @@ def verification(
         with torch.random.fork_rng(devices):  # so that each pass draws the same random numbers
             return list(outputs(run(batch), which))
 
+    def matters(names: Sequence[str]) -> bool:
+        with put(model, {name: before.get(name, torch.zeros(())) for name in names}):
+            return not all(torch.equal(a, b) for a, b in zip(result(), new, strict=True))
+
+    others = [name for name, v in now.items() if name not in covered and not torch.equal(v, before[name].to(v))]
+    others = [name for name in others if not name.endswith("num_batches_tracked")]
+    others += [name for name, known in snapshot.checksums.items() if name in there and checksum(there[name]) != known]
     devices = sorted({p.device.index for p in there.values() if p.is_cuda})
     with in_eval_mode(model), plain_paths():
-        after = result()
-        with put(model, reference):
-            with Uses(memory.layers.values(), use):
-                before = result()
-            with put(model, shaken):
-                rounded = result()
-    if not before:
+        new = result()
+        with put(model, before):
+            with Uses(layers.values(), use):
+                old = result()
+            with put(model, rounded):
+                shaken = result()
+        others = [*_those_that(matters, others), *resized]
+    if not old:
         raise InputError("forward returns no floating-point tensors to compare; give a function that returns some")
-    length = size(before) or 1.0
-    moved = size([a - b for a, b in zip(after, before, strict=True)]) / length
-    by_weights = size([a - b for a, b in zip(rounded, before, strict=True)]) / length
-    explained = ROUNDINGS * max(by_weights, *roundings, 0.0)
-    others = [n for n, v in now.items() if n not in covered and not torch.equal(v, reference[n].to(v))]
-    others = [n for n in others if not n.endswith("num_batches_tracked")]
-    others += [n for n, p in model.named_parameters() if n in frozen and checksum(p) != frozen[n]]
-
-    def matters(names: Sequence[str]) -> bool:
-        with put(model, {name: reference.get(name, torch.zeros(())) for name in names}):
-            return not all(torch.equal(a, b) for a, b in zip(result(), after, strict=True))
-
-    with in_eval_mode(model), plain_paths():
-        others = [*_those_that(matters, others), *grown]
-    return Verification(moved, explained, found, others)
+    length = size(old) or 1.0
+    moved = size([a - b for a, b in zip(new, old, strict=True)]) / length
+    by_weights = size([a - b for a, b in zip(shaken, old, strict=True)]) / length
+    return Verification(moved, ROUNDINGS * max(by_weights, *roundings, 0.0), found, others)
 
 
 @torch.no_grad()
-def what_moved(
-    memory: Memory, layers: Iterable[Layer], reference: Mapping[str, Tensor], frozen: Mapping[str, int], steps: int
-) -> Iterator[str]:
+def what_moved(memory: Memory, layers: Iterable[Layer], snapshot: Snapshot) -> Iterator[str]:
     """What is no longer as it was remembered, although training under protection leaves it so, as phrases.
 
     Args:
         memory: whose bases.
         layers: whose gradients were made orthogonal to them.
-        reference, frozen, steps: as for `verification`.
+        snapshot: of the model when it was remembered.
     """
     there, unprotected = current(memory.model), set(memory.unprotected)
-    names = {id(p): name for name, p in memory.model.named_parameters()}
-    grown = {name for name, value in reference.items() if name in there and there[name].shape != value.shape}
+    names, resized = parameter_names(memory.model), snapshot.resized(memory.model)
     for layer in layers:
         parameters = layer.parameters
-        if any(names.get(id(p)) in {None, *grown} for p in parameters if p is not None):
+        if any(names.get(id(p)) in {None, *resized} for p in parameters if p is not None):
             continue  # replaced since, which `protect` and `verify` refuse when they come to it
-        moved = [None if p is None else p - reference[names[id(p)]].to(p) for p in parameters]
-        explained = _explained(layer, parameters, steps)
+        moved = difference(layer, names, there, snapshot.values)
+        explained = _explained(layer, parameters, snapshot.steps)
         for key in layer.keys:
             inside, length = (x.item() for x in layer.inside(key, memory.bases[key].to(layer.device), *moved))
             if inside > max(LEAK * length, explained):
@@ -190,9 +170,10 @@ def what_moved(
         own_statistics = name not in names.values() and hasattr(kept.get(owner), "track_running_stats")
         if owner not in kept or id(value) in protected or name in unprotected or own_statistics:
             continue
-        if name in frozen and checksum(value) != frozen[name]:
+        known = snapshot.values.get(name)
+        if name in snapshot.checksums and checksum(value) != snapshot.checksums[name]:
             yield f"{name} has changed, which was not trained"
-        elif name in reference and name not in grown and not torch.equal(value, reference[name].to(value)):
+        elif known is not None and name not in resized and not torch.equal(value, known.to(value)):
             yield f"{name} has changed"
 
 
@@ -215,12 +196,11 @@ def _explained(layer: Layer, parameters: Sequence[Tensor | None], steps: int) ->
 @torch.no_grad()
 def leaks(memory: Memory, before: Mapping[str, Tensor]) -> dict[str, float | None]:
     """How much of the weights' movement lies in protected directions; see `GradientProjectionMemory.leak`."""
-    names = {id(p): name for name, p in memory.model.named_parameters()}
+    names, now = parameter_names(memory.model), current(memory.model)
     ratios: dict[str, float | None] = {}
     for layer in memory.layers.values():
-        parameters = layer.parameters
-        moved = [None if p is None else p - before[names[id(p)]].to(p) for p in parameters]
-        weights = size([p for p in parameters if p is not None])
+        moved = difference(layer, names, now, before)
+        weights = size([p for p in layer.parameters if p is not None])
         for key in layer.keys:
             inside, length = (x.item() for x in layer.inside(key, memory.bases[key].to(layer.device), *moved))
             still = length <= 2 * torch.finfo(layer.dtype).eps * weights
@@ -298,11 +278,6 @@ def _rounded(value: Tensor, now: Tensor, steps: int, generator: torch.Generator)
     noise = torch.empty(value.shape).uniform_(-1, 1, generator=generator).double()
     noise *= size * torch.maximum(value.abs(), now.abs().to(value)).double()
     return (value.double() + noise).to(value.dtype)
-
-
-def current(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters and buffers by name."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from torch.testing import assert_close
 
 import gradproj.layers.base
 from gradproj.errors import InputError
+from gradproj.gatherer import Gatherer
 from gradproj.gathering import gather
 from gradproj.layers import find_layers
-from gradproj.representation import Gatherer, Representation
+from gradproj.representation import Representation
 from tests import reference
 
 DOUBLE = torch.float64

@@ -231,7 +231,7 @@ class TestFrozenLayers:
         assert list(memory.layers) == ["0.a", "0.b"]
         with pytest.warns(FullLayerWarning, match=r"^0.b is full after task 1: no direction is free, so no later task"):
             memory.update(model, [OLD], threshold=1.0)
-        assert set(memory._reference) == {"0.a.weight", "0.b.weight"}
+        assert set(memory._watcher.snapshot.values) == {"0.a.weight", "0.b.weight"}
         with memory.protect():
             assert "forward" not in vars(model[0].base)
             assert "forward" not in vars(model[2])

@@ -1,0 +1,106 @@
+"""Telling a memory's user what can move old tasks' outputs: before training, at its steps, and afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from gradproj.concerns import what_can_forget, what_steps_past
+from gradproj.errors import warn_caller
+from gradproj.inspection import Memory
+from gradproj.optimizers import watched_steps
+from gradproj.projection import LayerProjector
+from gradproj.snapshot import Snapshot
+from gradproj.verification import what_moved
+
+
+class Watcher:
+    """Warns of what can forget, each thing once.
+
+    Args:
+        memory: whose model is watched.
+
+    Attributes:
+        snapshot: the model as it was last remembered; None before.
+        said: what was warned of.
+        suspects: whether something was said that moves what is remembered, so that finding it moved is no news.
+        projected: ids of optimisers whose updates are projected.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.snapshot: Snapshot | None = None
+        self.said: set[str] = set()
+        self.suspects = False
+        self.projected: set[int] = set()
+
+    def remember(self) -> None:
+        """From now on the model is compared with what it is now."""
+        self.snapshot = Snapshot.of(self.memory.model, self.memory.layers.values())
+
+    def say(self, text: str, category: type[UserWarning] = UserWarning) -> None:
+        """Warn the caller of the library, once of each thing."""
+        if text not in self.said:
+            self.said.add(text)
+            warn_caller(text, category)
+
+    def say_what_can_forget(self) -> None:
+        """Warn of what learns without protection, as things are now."""
+        memory = self.memory
+        for concern in what_can_forget(memory.model, memory.exclude, memory.include, memory.unprotected):
+            self.say(concern)
+
+    def say_leaks(self, leaks: Iterable[str]) -> None:
+        """Warn of uses or movements, given as phrases, through which old tasks may be forgotten."""
+        for leak in leaks:
+            self.suspects = True
+            self.say(f"{leak}: old tasks may be forgotten through it")
+
+    def say_of_the_first_pass(self, leaks: list[str]) -> None:
+        """Warn of what the first forward and backward pass under protection showed."""
+        self.say_leaks(leaks)
+        self.say_what_can_forget()  # again: statistics move only of modules in training mode, as they are now
+
+    def say_what_moved(self, projectors: Mapping[str, LayerProjector]) -> None:
+        """Warn of what moved although its gradients were projected, unless what may move it was named before.
+
+        Args:
+            projectors: that make gradients orthogonal to the bases.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return  # while a CUDA graph is recorded no number is known
+        if self.snapshot is not None and not self.suspects:
+            layers = [project.layer for project in projectors.values()]
+            found = what_moved(self.memory, layers, self.snapshot)
+            self.say_leaks([f"{what} since task {self.memory.n_updates}" for what in found])
+
+    @contextmanager
+    def steps(self, projectors: Mapping[str, LayerProjector]) -> Iterator[None]:
+        """Within this context optimisers' steps are counted, the first of each is looked at, and what 1, 10, 100 … of
+        them have moved.
+
+        Args:
+            projectors: that gradients must have gone through, and that make them orthogonal to the bases.
+        """
+        layers = self.memory.layers.values() if any(self.memory.columns.values()) else ()
+        parameters = {id(p) for layer in layers for p in layer.parameters if p is not None}
+        taken = 0
+
+        def count() -> None:
+            nonlocal taken
+            if taken and taken == 10 ** (len(str(taken)) - 1):
+                self.say_what_moved(projectors)
+            taken += 1
+            if self.snapshot is not None:
+                self.snapshot.steps += 1
+
+        def look(optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
+            if id(optimizer) not in self.projected:
+                for concern in what_steps_past(optimizer, projectors.values(), not has_closure):
+                    self.suspects = True
+                    self.say(concern)
+
+        with watched_steps(parameters, look, count):
+            yield
