@@ -118,9 +118,13 @@ class _HostForward:
         plain = self.replaced is None and type(module).forward is nn.Linear.forward and layer.module is module
         whole = all(a is b for a, b in zip(layer.parameters, layer.all_parameters, strict=True))
         self.is_linear = plain and type(layer) is LinearLayer and whole
+        # Compiled models run these layers as written, the rest compiled. Not a decorator: it imports the compiler.
+        self.run = torch.compiler.disable(self._run)
 
-    @torch.compiler.disable  # compiled models run these layers as written, the rest compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         if not self.protection.is_on or not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
         if self.is_linear and not self.projects[0].is_full and not torch._C._are_functorch_transforms_active():
@@ -283,9 +287,8 @@ class _Hook:
     """A forward hook that calls something; with a copied or pickled module it is one that does nothing."""
 
     def __init__(self, call: Callable[[], None]) -> None:
-        self.call = call
+        self.call = torch.compiler.disable(call)
 
-    @torch.compiler.disable
     def __call__(self, *_: Any) -> None:
         self.call()
 

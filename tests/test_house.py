@@ -68,6 +68,13 @@ def test_the_library_loads_nothing_of_the_project_beside_itself():
     }
 
 
+def test_the_compiler_is_not_loaded_before_it_is_needed():
+    """It takes as long to import as the rest of torch."""
+    code = "import sys, torch; before = set(sys.modules); import report.__main__; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "torch._dynamo" not in done.stdout.split()
+
+
 @pytest.mark.slow
 def test_the_wheel_is_the_library_alone_and_works_elsewhere(tmp_path):
     """Built from the tree without the network, put on the path of an environment that has torch and numpy only."""
