@@ -60,11 +60,9 @@ class Hyperparameters(Options):
     n_samples: int | str = flag(100, "training images that a layer's inputs are read from, or 'all'")
 
 
-def load(options: Hyperparameters) -> Benchmark:
-    """The tasks that a command line describes."""
+def load(options: Hyperparameters, groups: Sequence[Sequence[str]]) -> Benchmark:
+    """The tasks that a command line describes, of these classes each."""
     transforms = import_torchvision("transforms")
-    if not (options.images and options.tasks):
-        raise InputError("give --images DIR and --tasks FILE: the images, and which classes each task has")
     if options.data != "real":
         raise InputError(f"data is {options.data}; here it is always real, the images of --images")
     if len(options.mean) != 3 or len(options.std) != 3:
@@ -79,18 +77,19 @@ def load(options: Hyperparameters) -> Benchmark:
     train, test = own.image_folder(options.images, transform)
     split = {name: getattr(options, name) for name in ("pc_valid", "pc_test", "seed", "n_train")}
     name = options.name or Path(options.images).resolve().name
-    return Benchmark(name, "real", own.by_class(train, own.read_groups(options.tasks), test, **split))
+    return Benchmark(name, "real", own.by_class(train, groups, test, **split))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the experiment that a command line describes; returns the content of its summary.json."""
     options, method = parse(Hyperparameters, METHODS, argv, __doc__)
-    device = pick_device(options.device)
-    benchmark = load(options)
-    n_classes = [len(group) for group in own.read_groups(options.tasks)]
-    options = replace(options, n_tasks=options.n_tasks or len(n_classes))
+    if not (options.images and options.tasks):
+        raise InputError("give --images DIR and --tasks FILE: the images, and which classes each task has")
+    device, groups = pick_device(options.device), own.read_groups(options.tasks)
+    benchmark = load(options, groups)
+    options = replace(options, n_tasks=options.n_tasks or len(groups))
     torch.manual_seed(options.seed)
-    model = Named(options.model, n_classes).to(device)
+    model = Named(options.model, [len(group) for group in groups]).to(device)
     summary = run(options, benchmark, model, method(model, options))
     draw_run(summary)
     return summary

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from dataloader.splits import ORDER, TEST, VALIDATION, holdout, n_held_out, task_generator
 from engine.task import LazyTasks, Split, Task
 from engine.torchvision import import_torchvision
-from gradproj.errors import InputError
+from gradproj.errors import InputError, one_line
 
 KEYS = ("image", "label")  # of data whose items are dicts
 BATCH_SIZE = 256  # of images that are read at once
@@ -55,7 +55,7 @@ def stream(data: Data, keys: tuple[str, str] = KEYS) -> Split:
         raise InputError(str(error)) from error
     except Exception as error:  # whatever a data set, its transform or a decoder raises
         hint = "images must come as tensors of one shape: give the data set a transform that resizes and converts them"
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise InputError(f"cannot read {type(data).__name__} ({type(error).__name__}: {reason}); {hint}") from error
     if split.labels.is_floating_point() or split.labels.ndim != 1:
         found = f"{split.labels.dtype} {tuple(split.labels.shape)}"
@@ -241,7 +241,7 @@ def _images_in(folder: Path, transform: Any) -> Dataset:
         if not len(found):
             raise OSError("there are none in its folders")
     except (OSError, RuntimeError) as error:  # RuntimeError: of older versions
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise InputError(f"no images in {folder} ({reason}); it must hold a folder of images for each class") from error
     filled = {label for _, label in found.samples}
     found.name = str(folder)

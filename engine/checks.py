@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from engine.method import Method
 from engine.options import Options
-from engine.task import PARTS, Benchmark, Split, Task
+from engine.task import PART_WORDS, PARTS, Benchmark, Split, Task
 from gradproj.errors import InputError
 
-WORDS = {"train": "training", "valid": "validation", "test": "test"}
 SIZES = ("batch_size_train", "batch_size_test", "n_samples", "memory_images", "region_images")  # that may be 1
 NO_FOLDER = frozenset('/\\:*?"<>|')  # in no folder's name, on any system
 
@@ -53,9 +52,9 @@ def check_tensors(task: Any, t: int, options: Options) -> None:
         )
     for part in PARTS:
         split = getattr(task, part)
-        _check_split(split, f"{task.name}: {WORDS[part]}", n)
+        _check_split(split, f"{task.name}: {PART_WORDS[part]}", n)
         if part != "valid" and not len(split.labels):
-            raise InputError(f"{task.name} has no {WORDS[part]} images; it must have some")
+            raise InputError(f"{task.name} has no {PART_WORDS[part]} images; it must have some")
     if options.schedule == "plateau" and not len(task.valid.labels):
         raise InputError(
             f"schedule is plateau, but {task.name} has no validation images; hold some out or use constant"
@@ -150,7 +149,7 @@ def _check_single_images(model: nn.Module, task: Task, t: int, options: Options)
     """Raise InputError where there would be batches of one image, and BatchNorm refuses them."""
     alone = [f"{name} is 1" for name in SIZES if getattr(options, name, None) == 1]
     parts = [part for part in PARTS if len(getattr(task, part).labels) == 1]
-    alone += [f"{task.name} has 1 {WORDS[part]} image" for part in parts]
+    alone += [f"{task.name} has 1 {PART_WORDS[part]} image" for part in parts]
     if not alone or not _takes(model, task.train.images[:1].repeat_interleave(2, dim=0), t):  # as will be said
         return
     try:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import distributed, fingerprint, hardware, record
+from engine.classes import describe, describe_model
 from engine.files import write_json, write_text
 from engine.folder import (
     forget,
@@ -24,7 +25,6 @@ from engine.folder import (
     save_last,
 )
 from engine.interrupts import Stopped, deferred, stoppable
-from engine.loading import describe, describe_model
 from engine.method import Method
 from engine.options import Options, hyperparameters, overridden, results_options, variant
 from engine.progress import Progress, print_result, tolerate_consoles
@@ -36,12 +36,17 @@ from engine.task import Benchmark, batches, join
 from engine.testing import Tester
 from engine.training import train_task
 from gradproj import normalization
-from gradproj.errors import InputError
+from gradproj.errors import InputError, one_line
 from gradproj.interference import interference
 
 CHECKPOINT_SECONDS = 60  # within a task, save at most this often, so that short runs pay nothing
 EPOCHS = "epochs.jsonl"
 INTERFERENCE_IMAGES = 256  # of the first task, to measure how far its layer outputs moved
+# What a checkpoint keeps of a run as it is, besides the states of network, method and task.
+KEPT = (
+    *("position", "accuracy", "columns", "statistics", "first", "interference", "epochs", "seconds", "threads"),
+    *("network", "initial", "commits", "devices"),
+)
 
 
 def run(options: Options, benchmark: Benchmark, model: nn.Module, method: Method) -> dict[str, Any]:
@@ -111,7 +116,7 @@ class Run:
         # What the run is made by: more than one where it is continued by other code or elsewhere.
         self.commits, self.devices = [hardware.commit()], [hardware.describe(self.device)]
         self.saved_at = time.monotonic()
-        self.news: list[str] = []  # where it goes on from
+        self.resume_notes: list[str] = []  # where it goes on from
 
     def go(self) -> dict[str, Any]:
         """Learn every task that is left, then sum up."""
@@ -155,7 +160,7 @@ class Run:
             *distributed.notes(self.method.model),
         ):
             say(f"note: {note}")
-        for line in self.news:
+        for line in self.resume_notes:
             say(line)
         if self.threads != torch.get_num_threads():
             threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
@@ -237,11 +242,8 @@ class Run:
             "model": progress.weights if boundary else self.method.weights(),
             "method": progress.method if boundary else self.method.state_dict(),
             "task_progress": progress.state_dict() if boundary else None,
-            **{name: getattr(self, name) for name in self.kept},
+            **{name: getattr(self, name) for name in KEPT},
         }
-
-    kept = ("position", "accuracy", "columns", "statistics", "first", "interference", "epochs", "seconds", "threads")
-    kept += ("network", "initial", "commits", "devices")
 
     def save(self) -> None:
         """Write the checkpoint and the epochs so far."""
@@ -268,24 +270,24 @@ class Run:
             if state is not None:
                 check_same(self.folder, state, wanted, self.tasks)
             elif not self.options.no_resume:
-                state, self.news = from_shorter(self.folder, wanted, self.method, self.benchmark, self.tasks)
+                state, self.resume_notes = from_shorter(self.folder, wanted, self.method, self.benchmark, self.tasks)
             if state is None:
                 return False
             self.load_state_dict(state)
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise InputError(
                 f"the checkpoint in {self.folder} is of another model or program ({reason}); choose another folder, "
                 "or start afresh with --no_resume"
             ) from error
-        if not self.news:
+        if not self.resume_notes:
             epoch = f", after epoch {self.task_progress.epoch}" if self.task_progress else ""
             n_tasks = self.options.n_tasks
-            self.news = [f"continued from its checkpoint at task {self.position + 1}/{n_tasks}{epoch}"]
+            self.resume_notes = [f"continued from its checkpoint at task {self.position + 1}/{n_tasks}{epoch}"]
             if self.position == n_tasks:
-                self.news = ["all tasks are learned; the summary is made from the checkpoint"]
+                self.resume_notes = ["all tasks are learned; the summary is made from the checkpoint"]
         if self.initial not in ({}, wanted["initial"]):
-            self.news.append(
+            self.resume_notes.append(
                 "note: the network given begins with other weights than this run's, which goes on from its own"
             )
         return True
@@ -297,14 +299,12 @@ class Run:
         if state["task_progress"] is not None:
             self.task_progress = TaskProgress.from_state_dict(state["task_progress"])
         since = {"threads": self.threads, "interference": None, "network": self.network, "initial": {}}
-        since |= {"commits": [], "devices": []}
+        state = since | {"commits": [], "devices": []} | state
         commits, devices = self.commits, self.devices
-        for name in self.kept:
-            setattr(self, name, state.get(name, since[name]) if name in since else state[name])
-        self.commits, self.devices = (
-            list(dict.fromkeys(self.commits + commits)),
-            list(dict.fromkeys(self.devices + devices)),
-        )
+        for name in KEPT:
+            setattr(self, name, state[name])
+        self.commits = list(dict.fromkeys(self.commits + commits))
+        self.devices = list(dict.fromkeys(self.devices + devices))
         unmeasured = [[None] * self.options.n_tasks] * self.position
         self.accuracy = {part: self.accuracy.get(part, unmeasured) for part in ("valid", "test", "class_incremental")}
 

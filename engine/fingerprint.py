@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.loading import describe
-from engine.task import PARTS, Split, Task
+from engine.classes import describe
+from engine.task import PART_WORDS, PARTS, Split, Task
 
 SAMPLE = 64  # images of a part whose every byte counts in its place; of the others the sum does
-WORDS = {"train": "training", "valid": "validation", "test": "test"}
 PART_FIELDS = ("shape", "dtype", "images", "labels", "images")  # what each entry of a part's fingerprint tells of
 
 
@@ -57,7 +56,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         for what, there, here in pairs:
             if there != here:
                 how = f" {there} there, {here} here" if what in ("shape", "dtype") else ""
-                texts.append(f"{WORDS[part]} {what}{how}")
+                texts.append(f"{PART_WORDS[part]} {what}{how}")
                 break
     if "classes" in found and "classes" in wanted and found["classes"] != wanted["classes"]:
         texts.append(f"classes {_listed(found['classes'])} there, {_listed(wanted['classes'])} here")

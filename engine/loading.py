@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,13 +11,14 @@ from typing import Any
 
 from torch import nn
 
+from engine.classes import find, make_model
 from engine.evaluation import network_for
 from engine.folder import load_checkpoint, weights_after
 from engine.method import OWN, Method
 from engine.options import Options, with_flags
 from engine.record import read_summary
 from gradproj import GradientProjectionMemory
-from gradproj.errors import InputError
+from gradproj.errors import InputError, one_line
 from gradproj.normalization import Statistics
 
 
@@ -103,21 +103,10 @@ def load_run(
         made.load_state_dict(state["method"])
         made.load_weights(weights)
     except (InputError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise InputError(f"the weights in {folder} are not of a {type(model).__name__} like this: {reason}") from error
     summary = read_summary(folder)
     return LoadedRun(model.eval(), made, made.memory, config, summary, state["statistics"], state["position"])
-
-
-def describe(thing: type) -> str:
-    """Where a class is: its module and name."""
-    return f"{thing.__module__}.{thing.__qualname__}"
-
-
-def find(place: str) -> Any:
-    """The class at a place that `describe` named."""
-    module, _, name = place.rpartition(".")
-    return getattr(importlib.import_module(module), name)
 
 
 def find_method(config: dict[str, Any]) -> type[Method]:
@@ -131,22 +120,3 @@ def find_method(config: dict[str, Any]) -> type[Method]:
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise InputError(f"{named} is no method; give load_run the class")
     return found
-
-
-def describe_model(model: nn.Module) -> dict[str, Any]:
-    """What `make_model` needs to build the model again."""
-    return {
-        "class": describe(type(model)),
-        "arguments": getattr(model, "arguments", None),
-    }
-
-
-def make_model(description: dict[str, Any]) -> nn.Module:
-    """A model from its class and constructor arguments."""
-    try:
-        made = find(description["class"])(**description["arguments"])
-    except (ImportError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"cannot build the model {description} ({error!r}); give load_run the model") from error
-    if not isinstance(made, nn.Module):
-        raise InputError(f"{description['class']} is not a model")
-    return made

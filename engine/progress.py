@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from engine.metrics import AccuracyMatrix
 from engine.options import Options
+from engine.record import scores_in_words
 from engine.standing import Epoch
 from gradproj import GradientProjectionMemory
 from gradproj.errors import InputError
@@ -127,12 +128,9 @@ class Progress:
 
 def print_result(summary: dict[str, Any]) -> None:
     """The numbers of a finished run, in two lines."""
-    transfer = summary["backward_transfer"]
     print(
         f"{summary['benchmark']} ({summary['data']['kind']} data), {summary['method']}, seed {summary['seed']}: "
-        f"ACC {summary['average_accuracy']:.2f} %, "
-        + ("" if transfer is None else f"BWT {transfer:+.2f}, ")
-        + f"{summary['seconds']['total']:.0f} s"
+        f"{scores_in_words(summary)}, {summary['seconds']['total']:.0f} s"
     )
     print(f"  {summary['folder']}/summary.json, accuracy.csv")
 

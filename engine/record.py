@@ -12,6 +12,7 @@ from typing import Any
 
 from engine import metrics
 from engine.files import write_json, write_text
+from gradproj.errors import one_line
 
 SUMMARY = "summary.json"
 MATRIX = "accuracy.csv"
@@ -46,6 +47,12 @@ def scores(accuracy: metrics.AccuracyMatrix) -> dict[str, float | None]:
     }
 
 
+def scores_in_words(summary: dict[str, Any]) -> str:
+    """ACC and BWT of a summary."""
+    transfer = summary["backward_transfer"]
+    return f"ACC {summary['average_accuracy']:.2f} %" + ("" if transfer is None else f", BWT {transfer:+.2f}")
+
+
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """The summary of a finished run in a folder; None where there is none or it is damaged."""
     summary, wrong = load_summary(folder / SUMMARY)
@@ -62,7 +69,7 @@ def load_summary(file: Path) -> tuple[dict[str, Any], str]:
         summary = json.loads(file.read_text(encoding="utf-8"))
         wrong = "not a JSON object" if not isinstance(summary, dict) else fault(summary)
     except (OSError, ValueError, RecursionError) as error:
-        return {}, " ".join(str(error).split()) or type(error).__name__
+        return {}, one_line(error)
     return (summary, wrong) if wrong else (upgraded(summary), "")
 
 

@@ -36,24 +36,24 @@ def from_shorter(
     Returns:
         the state, None where there is no such run; and what to say.
     """
-    news = []
+    notes = []
     for shorter in shorter_runs(method, benchmark):
         state = load_checkpoint(shorter)
         if state is None:
             continue
         if reason := why_not(state, wanted, method, tasks):
-            news.append(f"note: the shorter run in {shorter} is not continued: {reason}")
+            notes.append(f"note: the shorter run in {shorter} is not continued: {reason}")
             continue
         if method.options.keep == "each":
             for t in range(state["position"]):
                 if (weights := weights_after(t, shorter, state)) is not None:
                     keep_weights(folder, t, with_new(weights, wanted["model"]))
         state = lengthened(state, shorter, wanted, method.options.n_tasks)
-        news.append(f"continued from {shorter}, where {state['position']} of the tasks are learned")
+        notes.append(f"continued from {shorter}, where {state['position']} of the tasks are learned")
         if state["position"] and not state["first"]:
-            news.append("note: no interference, since the network after the first task was not kept (--keep each)")
-        return state, news
-    return None, news
+            notes.append("note: no interference, since the network after the first task was not kept (--keep each)")
+        return state, notes
+    return None, notes
 
 
 def shorter_runs(method: Method, benchmark: Benchmark) -> list[Path]:

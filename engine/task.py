@@ -26,7 +26,8 @@ class Split(NamedTuple):
         return Split(self.images[chosen], self.labels[chosen, 0])
 
 
-PARTS = ("train", "valid", "test")
+PART_WORDS = {"train": "training", "valid": "validation", "test": "test"}
+PARTS = tuple(PART_WORDS)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from engine.method import Method
 from engine.standing import Epoch, TaskProgress
 from engine.steps import make_steps, seeded_order, set_learning_rate
 from engine.task import Task
-from gradproj.errors import DivergenceError, InputError
+from gradproj.errors import DivergenceError
 
 
 def train_task(
@@ -31,15 +31,10 @@ def train_task(
         began: time.perf_counter() when the method was told of the task: the first epoch's time includes what it
             prepares.
     Raises:
-        InputError: the plateau schedule without validation images.
         DivergenceError: a loss is infinite or NaN; `progress` is that of the boundary before.
     """
     model, options, schedule = method.model, method.options, progress.schedule
     plateau = options.schedule == "plateau"
-    if plateau and not len(task.valid.labels):
-        raise InputError(
-            f"schedule is plateau, but {task.name} has no validation images; hold some out or use constant"
-        )
     optimizer = method.optimizer(t, options.lr)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.distributed import local_forwards
-from gradproj.errors import InputError
+from gradproj.errors import InputError, one_line
 
 Forward = Callable[[Any], Any]
 Mask = Callable[[Any], Tensor | None] | str
@@ -62,7 +62,7 @@ def runner(forward: Forward, model: nn.Module) -> Forward:
         except (AttributeError, TypeError) as error:
             if isinstance(batch, Tensor):
                 raise
-            reason = " ".join(str(error).split())[:150]
+            reason = one_line(error)
             raise InputError(
                 f"forward cannot take a batch of type {type(batch).__name__} ({reason}); give a function that runs the "
                 "model on one"

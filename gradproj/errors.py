@@ -18,6 +18,11 @@ class DivergenceError(ArithmeticError):
     exit_code = 3
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What an error says, in one line of at most so many letters; its kind where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 class FullLayerWarning(UserWarning):
     """Layers have no direction left that is free, so they learn no more."""
 

@@ -8,7 +8,7 @@ import warnings
 from torch import Tensor, nn
 
 from engine.torchvision import import_torchvision
-from gradproj.errors import InputError
+from gradproj.errors import InputError, one_line
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -80,5 +80,5 @@ def from_timm(name: str, models) -> nn.Module:
     try:
         return timm.create_model(name, num_classes=0)
     except Exception as error:  # of a dozen kinds
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise InputError(f"neither torchvision nor timm makes a network {name!r} ({reason})") from error

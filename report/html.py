@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from engine.files import write_text
 from engine.metrics import AccuracyMatrix
+from engine.record import scores_in_words
 from gradproj.errors import InputError
 from report import tables
 from report.plots.draw import draw_pictures
@@ -121,15 +122,13 @@ def pictures(rows: Sequence[Row], against: str | None) -> list[dict[str, Any]]:
 
 def shown_run(row: Row, run: Run) -> dict[str, Any]:
     """One run: its matrices, and its configuration in folds."""
-    summary, transfer = run.summary, run.summary["backward_transfer"]
+    summary = run.summary
     names = [task["name"] for task in summary.get("tasks") or []]
     options = {k: v for k, v in summary.get("hyperparameters", {}).items() if k not in LOCAL_ONLY}
     origin = {key: summary.get(key) for key in ("device", "versions", "commit", "seconds")}
     return {
         "title": f"{row.title}, {row.variant}, {runs_in_words([run])}",
-        "scores": f"ACC {summary['average_accuracy']:.2f} %"
-        + ("" if transfer is None else f", BWT {transfer:+.2f}")
-        + f", {tables.duration(summary['seconds']['total'])}",
+        "scores": f"{scores_in_words(summary)}, {tables.duration(summary['seconds']['total'])}",
         "matrices": [
             {"caption": caption, "rows": matrix_cells(summary[name], names)}
             for name, caption in MATRICES.items()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from engine.experiment import EPOCHS
 from engine.interrupts import ending_with_parent
-from engine.record import read_summary
+from engine.record import read_summary, scores_in_words
 from gradproj.errors import InputError
 from report import tables
 from report.runs import position_of
@@ -163,9 +163,7 @@ def conclude(member: Running, code: int, outcome: Outcome) -> None:
     member.bar.close()
     job, seconds = member.job, tables.duration(time.monotonic() - member.started)
     if code == 0 and (summary := read_summary(job.folder)) is not None:
-        transfer = summary["backward_transfer"]
-        scores = f"ACC {summary['average_accuracy']:.2f} %" + ("" if transfer is None else f", BWT {transfer:+.2f}")
-        say(f"{job.name}: {scores}, {seconds} in all")
+        say(f"{job.name}: {scores_in_words(summary)}, {seconds} in all")
         outcome.folders.append(job.folder)
         return
     outcome.failed.append(job)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dataloader.errors import DataError
 from dataloader.images.cache import RawSet, Spec, missing_files
+from gradproj.errors import one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
@@ -76,7 +77,7 @@ def _read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         with Image.open(path, formats=FORMATS) as image:
             size, color = image.size, image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise DataError(f"miniimagenet: {path} cannot be read as an image ({reason}); get it again") from error
     if size[0] < width or size[1] < height:
         raise DataError(f"miniimagenet: {path} has {size[0]}x{size[1]} pixels; it must have {width}x{height} or more")

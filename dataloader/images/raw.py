@@ -11,7 +11,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from dataloader.errors import DataError
 from dataloader.images import cache
 from dataloader.images.cache import SPECS, RawSet
-from gradproj.errors import InputError
+from gradproj.errors import InputError, one_line
 
 NAMES = tuple(SPECS)
 PATIENCE = 3  # seconds to wait for another process without a word
@@ -72,7 +72,7 @@ def _published(name: str, data_dir: Path) -> RawSet:
 
 def _way_out(name: str, folder: Path, error: Exception) -> str:
     """One line: what failed, where the files belong, and how to do without them."""
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = one_line(error, most=1000)
     refusal = re.search(r"urlopen error (?:\[[^]]*\] )?([^>]+)>", reason)  # urllib's wrapping says nothing more
     reason = refusal[1] if refusal else reason
     if name == "miniimagenet":  # read from a folder, without a download that could have failed
