@@ -60,7 +60,13 @@ def stream(data: Data, keys: tuple[str, str] = KEYS) -> Split:
     if split.labels.is_floating_point() or split.labels.ndim != 1:
         found = f"{split.labels.dtype} {tuple(split.labels.shape)}"
         raise InputError(f"the labels of {type(data).__name__} are {found}; they must be one whole number an image")
+    if len(split.images) != len(split.labels):
+        raise InputError(f"{type(data).__name__} has {_counts(split)}; there must be one label for each image")
     return Split(split.images, split.labels.long())
+
+
+def _counts(split: Split | tuple) -> str:
+    return f"{len(split[0])} images and {len(split[1])} labels"
 
 
 def task(
@@ -112,7 +118,7 @@ def mixed(split: Split) -> Split:
 
 def _numbered(labels: Tensor, classes: Sequence[int], name: str) -> Tensor:
     """The place of each label among the classes."""
-    among = torch.tensor(classes, dtype=torch.int64)
+    among = torch.from_numpy(_whole(classes))
     matches = labels[:, None].cpu() == among  # (n, classes)
     unknown = labels.cpu()[~matches.any(1)].unique().tolist()
     if unknown:
@@ -199,15 +205,25 @@ def rows_of_classes(data: Data, classes: Sequence[Class], keys: tuple[str, str])
 def labels_of(data: Data, keys: tuple[str, str]) -> np.ndarray:
     """The labels of some data, without reading its images where it tells them: (n,) int64."""
     if isinstance(data, tuple):
-        return np.asarray(data[1], dtype=np.int64)
+        if len(data[0]) != len(data[1]):
+            raise InputError(f"{type(data).__name__} has {_counts(data)}; there must be one label for each image")
+        return _whole(data[1])
     if isinstance(data, DataLoader) or not hasattr(data, "__getitem__") or isinstance(data, IterableDataset):
         raise InputError(f"a {type(data).__name__} has no order to choose images from; give by_class stream(…) of it")
     for name in ("targets", "labels"):
         if hasattr(data, name):
-            return np.asarray(getattr(data, name), dtype=np.int64)
+            return _whole(getattr(data, name))
     if hasattr(data, "column_names"):  # Hugging Face's
-        return np.asarray(data[keys[1]], dtype=np.int64)
+        return _whole(data[keys[1]])
     return stream(data, keys).labels.numpy()
+
+
+def _whole(labels: Any) -> np.ndarray:
+    """Labels as (n,) int64; raises InputError where that would change them."""
+    given = np.asarray(labels)
+    if given.ndim != 1 or given.dtype.kind not in "iub":
+        raise InputError(f"the labels are {given.dtype} {given.shape}; they must be one whole number an image")
+    return given.astype(np.int64)
 
 
 def subset(data: Data, rows: np.ndarray, keys: tuple[str, str]) -> Split:

@@ -131,10 +131,16 @@ def check_fits(model: nn.Module, task: Task, t: int, options: Options) -> None:
         if not len(images) or (images.shape[1:], images.dtype) in known:
             continue
         known.add((images.shape[1:], images.dtype))
+        some = images[:2].clone()
         try:
-            outputs = model(images[:2], t)
+            outputs = model(some, t)
         except Exception as error:
             raise InputError(cannot_take(model, task, t, images, error)) from error
+        if not torch.equal(some, images[:2]):
+            raise InputError(
+                f"{name} changes the images that it is given, and so the data with every pass; let its forward begin "
+                "with a copy (images = images.clone())"
+            )
         if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images[:2]):
             found = described(outputs) if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
             raise InputError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from engine import hardware
+from engine.contract import check_class, check_flags_agree, check_script
 from engine.distributed import is_first_to_say, joined
 from engine.interrupts import Stopped, stoppable
 from engine.method import Method
@@ -57,6 +58,10 @@ def parse(
     Raises:
         InputError: values that no run can use, or a --config that is not a run's of this script.
     """
+    check_script(options)
+    for method_type in methods.values():
+        check_class(method_type)
+    check_flags_agree(methods)
     parser = make_parser(options, methods, description, prog)
     given = vars(parser.parse_args(argv))
     path = given.pop("config", None)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from engine.contract import declares
 from engine.interrupts import Stopped, ending_with_parent
 from gradproj.distributed import alone
 from gradproj.errors import InputError
@@ -160,7 +161,7 @@ def average_gradients(parameters: Iterable[nn.Parameter], loss: Tensor, weight: 
 
 def check_shareable(method: Method) -> None:
     """Raise InputError where a step is not the mean of what its images would do, so that it cannot be shared out."""
-    if is_shared() and not method.plain_step:
+    if is_shared() and not declares(type(method), "plain_step"):
         raise InputError(
             f"method {method.name} cannot be run by {n_processes()} processes: its step is more than SGD on the mean "
             "loss of a batch; start it without torchrun"

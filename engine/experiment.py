@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engine import distributed, fingerprint, hardware, record
 from engine.classes import describe, describe_model
+from engine.contract import check_instance
 from engine.files import write_json, write_text
 from engine.folder import (
     forget,
@@ -80,6 +81,7 @@ def run(options: Options, benchmark: Benchmark, model: nn.Module, method: Method
 
 def check_belonging(options: Options, model: nn.Module, method: Method) -> None:
     """Raise InputError where a method was made of another model or other options than the run's."""
+    check_instance(method)
     if method.model is not model:
         raise InputError(f"method {method.name} was made of another model than the run's; give both the same")
     for field in dataclasses.fields(options):
@@ -208,7 +210,9 @@ class Run:
         if not self.first or self.options.n_tasks == 1 or not self.method.one_network:
             return {}
         images = self.tasks.held_out(0).test.images[:INTERFERENCE_IMAGES]
-        return interference(model, self.method.shared_layers(), self.first, lambda: model(images, 0))
+        with suppress(InputError):  # layers that no memory could look at, of methods that need none
+            return interference(model, self.method.shared_layers(), self.first, lambda: model(images, 0))
+        return {}
 
     def training_statistics(self, j: int) -> normalization.Statistics:
         """BatchNorm's statistics over the training images of task j."""
@@ -237,6 +241,7 @@ class Run:
         boundary = progress is not None and progress.weights is not None
         return {
             "hyperparameters": results_options(self.options, type(self.method)),
+            "method_class": describe(type(self.method)),
             "sources": self.benchmark.sources,
             "tasks": self.tasks.known,
             "model": progress.weights if boundary else self.method.weights(),
@@ -335,8 +340,8 @@ class Run:
         summary = {
             "benchmark": self.benchmark.name,
             "method": method.name,
-            "title": method.title or method.name,
-            "place": method.place,
+            "title": vars(method).get("title", method.name),  # what it inherits is another's
+            "place": vars(method).get("place"),
             "task_identity": method.task_identity or options.batchnorm == "task",
             "variant": variant(options, method),
             "seed": options.seed,

@@ -96,9 +96,11 @@ def load_run(
         weights = {name: value for name, value in weights.items() if not name.startswith(OWN)} | own
     model = make_model(description) if model is None else model
     method_type = find_method(config) if method is None else method
-    options = with_flags(Options, method_type)
-    names = {field.name for field in dataclasses.fields(options)}
-    made = method_type(model, options(**{k: v for k, v in state["hyperparameters"].items() if k in names}))
+    known, values = with_flags(Options, method_type), state["hyperparameters"]
+    own = [(k, Any, dataclasses.field(default=None)) for k in values if k not in known.__dataclass_fields__]
+    options = dataclasses.make_dataclass(known.__name__, own, bases=(known,), kw_only=True)  # with the script's too
+    options.script = None
+    made = method_type(model, options(**values))
     try:
         made.load_state_dict(state["method"])
         made.load_weights(weights)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine import state
+from engine.contract import check_class, check_loss, check_network
 from engine.heads import task_modules
 from engine.options import Options, check, complete
 from engine.task import Task
@@ -46,8 +47,8 @@ class Method:
         knows_n_tasks: what it does on a task depends on how many there are, so that a run with more tasks cannot go on
             from one with fewer.
         plain_step: a step is SGD on the cross-entropy with projected gradients and nothing else, so that it may be
-            taken by hand-written code.
-        graph_step: a step takes no decision on the host, so that it may be captured as a CUDA graph.
+            taken by hand-written code. A subclass that changes `loss`, `backward` or `after_step` says it anew.
+        graph_step: a step takes no decision on the host, so that it may be captured as a CUDA graph; likewise.
         learns_when_full: layers go on learning where every direction of their memory is taken.
         task_identity: at test it uses which task an image is of beyond the choice of a head.
         one_network: the same weights are tested on all tasks, so that their interference can be measured.
@@ -79,6 +80,8 @@ class Method:
     projectors: Mapping[str, LayerProjector] = NOTHING
 
     def __init__(self, model: nn.Module, options: Options) -> None:
+        check_class(type(self))
+        check_network(model)
         self.model = model
         self.options = complete(options, type(self))
         check(self.options)
@@ -125,6 +128,7 @@ class Method:
         """Leave the gradients of a batch in the parameters, which have none yet; returns its mean loss."""
         with self.precision(images.device):
             loss = self.loss(images, labels, t)
+        check_loss(self, loss)
         loss.backward()
         return loss.detach()
 

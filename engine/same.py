@@ -45,6 +45,8 @@ def check_same(folder: Path, found: State, wanted: State, tasks: RunTasks) -> No
             else "choose another"
         )
         raise InputError(f"{folder} holds a run with other hyperparameters ({'; '.join(different)}); {way}")
+    if different := method_difference(found, wanted):
+        raise InputError(f"{folder} holds a run by another method ({different}); {WAY_OUT}")
     if changed := changed_sets(found.get("sources", wanted["sources"]), wanted["sources"]):
         raise InputError(
             f"{folder} holds a run on other images of {', '.join(changed)} than are there now; give those back, "
@@ -63,6 +65,13 @@ def _network_difference(found: State, network: State) -> str:
     return (
         "" if known in (None, fingerprint.network_digest(network)) else "in what, its damaged config.json does not tell"
     )
+
+
+def method_difference(found: State, wanted: State) -> str:
+    """The classes of two runs' methods where they differ, wherever they stand; empty if they do not."""
+    there, here = found.get("method_class", ""), wanted["method_class"]
+    same = not there or there.rpartition(".")[2] == here.rpartition(".")[2]
+    return "" if same else f"class {there} there, {here} here"
 
 
 def changed_sets(found: State, wanted: State) -> list[str]:
@@ -91,7 +100,8 @@ def of_summary(folder: Path, summary: State, hyperparameters: Collection[str]) -
     if "network" in summary:
         state |= {"tasks": summary["tasks"], "network_digest": summary["network"]["fingerprint"]}
         with suppress(OSError, ValueError, KeyError, TypeError):
-            state["network"] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["network"]
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            state |= {"network": config["network"], "method_class": config["method"]}
     return state
 
 

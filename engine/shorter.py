@@ -14,7 +14,7 @@ from engine import fingerprint
 from engine.folder import NEWEST, keep_weights, load_checkpoint, run_folder, weights_after
 from engine.method import OWN, Method
 from engine.run_tasks import RunTasks
-from engine.same import changed_sets, plain
+from engine.same import changed_sets, method_difference, plain
 from engine.task import Benchmark
 
 State = dict[str, Any]
@@ -88,6 +88,8 @@ def why_not(state: State, wanted: State, method: Method, tasks: RunTasks) -> str
         return f"what {method.name} learns depends on the number of tasks"
     if not state.get("initial"):
         return "it is of an older version, which did not record what it was made of"
+    if different := method_difference(state, wanted):
+        return f"it is of another method: {different}"
     there, here = ({**plain(s["hyperparameters"]), "n_tasks": None} for s in (state, wanted))
     if there != here:
         return "its hyperparameters are others"
@@ -124,18 +126,23 @@ def lengthened(state: State, folder: Path, wanted: State, n_tasks: int) -> State
     """
     there = {name for name in state["model"] if not name.startswith(OWN)}
 
-    def filled(value: Any) -> Any:
-        """The same with the new modules in every copy of the whole network."""
-        if isinstance(value, dict) and there <= value.keys():
-            return with_new(value, wanted["model"])
+    def filled(value: Any, begun: Any) -> Any:
+        """The same with the new modules in every dict with a tensor for each weight, such as a copy of the network: as
+        what the longer run would have begun with in that place has them, else as the network begins."""
         if isinstance(value, dict):
-            return {name: filled(part) for name, part in value.items()}
-        return [filled(part) for part in value] if isinstance(value, list) else value
+            parts = begun if isinstance(begun, dict) else {}
+            if there <= value.keys():
+                return with_new(value, parts if there <= parts.keys() else wanted["model"])
+            return {name: filled(part, parts.get(name)) for name, part in value.items()}
+        if isinstance(value, list):
+            parts = begun if isinstance(begun, list) and len(begun) == len(value) else [None] * len(value)
+            return [filled(part, before) for part, before in zip(value, parts, strict=True)]
+        return value
 
     rows = {part: [[*row, *[None] * (n_tasks - len(row))] for row in rows] for part, rows in state["accuracy"].items()}
     first = state["first"] or weights_after(0, folder, state) or {}  # a finished run lets it go
     made_of = {name: wanted[name] for name in ("network", "initial")}
-    return filled({**state, "first": first}) | made_of | {"accuracy": rows, "interference": None}
+    return filled({**state, "first": first}, wanted) | made_of | {"accuracy": rows, "interference": None}
 
 
 def with_new(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from gradproj.errors import InputError
+
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)  # what a checkpoint reads back
 
 
 def saved(value: Any) -> Any:
@@ -28,7 +33,17 @@ def saved(value: Any) -> Any:
         return {key: saved(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [saved(part) for part in value]
-    return saved(value.state_dict()) if hasattr(value, "state_dict") else value
+    if isinstance(value, nn.Module | torch.optim.Optimizer):  # whose tensors training changes in place
+        return copy.deepcopy(saved(value.state_dict()))
+    if hasattr(value, "state_dict"):
+        return saved(value.state_dict())
+    if type(value) not in PLAIN:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise InputError(
+            f"a method's state holds a {kind}, which cannot be saved; it may hold tensors, parameters, torch "
+            "generators, numbers, texts, and lists and dicts of these"
+        )
+    return value
 
 
 @torch.no_grad()
@@ -43,9 +58,13 @@ def restored(current: Any, value: Any, device: torch.device) -> Any:
     if isinstance(current, torch.Generator):
         current.set_state(value.cpu())
         return current
+    if isinstance(current, nn.ParameterList):
+        return nn.ParameterList(restored(list(current), value, device))
+    if isinstance(current, nn.ParameterDict):
+        return nn.ParameterDict(restored(dict(current), value, device))
     if hasattr(current, "load_state_dict"):
         current.load_state_dict(value)
-        return current
+        return current.to(device) if isinstance(current, nn.Module) else current
     if dataclasses.is_dataclass(current):
         before, names = _as_dict(current), {field.name for field in dataclasses.fields(current)}
         parts = {name: part for name, part in (value or {}).items() if name in names}
@@ -78,13 +97,15 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for part in value:
             yield from tensors(part)
+    elif isinstance(value, nn.Module):
+        yield from (*value.parameters(), *value.buffers())
     elif hasattr(value, "state_dict"):
         yield from tensors(value.state_dict())
 
 
 def parameters(value: Any) -> list[nn.Parameter]:
-    """The parameters among them: what training may move."""
-    return [tensor for tensor in tensors(value) if isinstance(tensor, nn.Parameter)]
+    """The parameters among them that are not frozen: what training may move."""
+    return [tensor for tensor in tensors(value) if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
 
 
 def count(value: Any) -> int:
@@ -93,7 +114,11 @@ def count(value: Any) -> int:
 
 
 def _as_dict(value: Any) -> Any:
-    """A named tuple or a dataclass as a dict; anything else as it is."""
+    """A named tuple, a dataclass or a torch list or dict of parameters as plain ones; anything else as it is."""
+    if isinstance(value, nn.ParameterList):
+        return list(value)
+    if isinstance(value, nn.ParameterDict):
+        return dict(value)
     if hasattr(value, "_asdict"):
         return value._asdict()
     if dataclasses.is_dataclass(value):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import distributed
+from engine.contract import check_order, check_step, declares
 from engine.fused import FusedChain, chain_outputs
 from engine.method import Method
 from engine.seeds import derived_seed, generator
@@ -35,11 +36,12 @@ def make_steps(method: Method, optimizer: torch.optim.Optimizer, t: int, task: T
     device, options = task.train.images.device.type, method.options
     if distributed.is_shared():
         return SharedSteps(method, optimizer, t, task.train)
-    if options.step == "auto" and device == "cpu" and method.plain_step and options.amp == "off":
+    if options.step == "auto" and device == "cpu" and declares(type(method), "plain_step") and options.amp == "off":
         if is_plain_sgd(optimizer) and is_plain_chain(method.model, optimizer, t, task.train.images[:2]):
             return FusedSteps(method, task.train, options.batch_size_train)
     # Of other optimisers a rehearsal of the graph would leave traces in what they remember.
-    may_record = (method.plain_step or method.graph_step) and type(optimizer) is torch.optim.SGD
+    says = any(declares(type(method), step) for step in ("plain_step", "graph_step"))
+    may_record = says and type(optimizer) is torch.optim.SGD
     if options.step == "auto" and device == "cuda" and may_record:
         return GraphSteps(method, optimizer, t, task.train)
     return EagerSteps(method, optimizer, t, task.train)
@@ -90,11 +92,15 @@ class EagerSteps:
 
     def __init__(self, method: Method, optimizer: torch.optim.Optimizer, t: int, train: Split) -> None:
         self.method, self.optimizer, self.t, self.train = method, optimizer, t, train
+        self.begun = False
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """Learn from a batch; returns its mean loss, still on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.method.backward(images, labels, self.t)
+        if self.t == 0 and not self.begun:  # later all layers may be full
+            check_step(self.method, self.optimizer, loss)
+            self.begun = True
         self.optimizer.step()
         self.method.after_step(self.t)
         return loss
@@ -218,4 +224,6 @@ def seeded_order(method: Method, t: int, epoch: int, labels: Tensor) -> Tensor:
     """Seed an epoch's random choices by its place alone, so that a resumed run makes the same; returns its order."""
     seed = method.options.seed
     torch.manual_seed(derived_seed(seed, "train", t, epoch))
-    return method.order(labels, generator(seed, "order", t, epoch))
+    order = method.order(labels, generator(seed, "order", t, epoch))
+    check_order(method, order, len(labels))
+    return order

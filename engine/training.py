@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from engine.contract import check_optimizer
 from engine.divergence import find_divergence, has_finite_weights
 from engine.evaluation import evaluate
 from engine.interrupts import deferred
@@ -36,6 +37,7 @@ def train_task(
     model, options, schedule = method.model, method.options, progress.schedule
     plateau = options.schedule == "plateau"
     optimizer = method.optimizer(t, options.lr)
+    check_optimizer(method, optimizer)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
     if progress.optimizer is not None:

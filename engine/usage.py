@@ -77,7 +77,7 @@ class Usage:
         for mode in (True, False):
             lent.train(mode)
             with torch.enable_grad():
-                outputs = lent(images, t)
+                outputs = lent(images.clone(), t)
             leaves = leaf_tensors(outputs) if isinstance(outputs, Tensor) else []
             if leaves is None:
                 found |= names.values()
@@ -116,6 +116,11 @@ class Usage:
             if len(asked) < self.method.options.n_tasks:
                 return ""
             return f"no task trains {name}, since none uses it; freeze it (requires_grad_(False)) or take it out"
+        if len(owners) > 1:
+            return (
+                f"{name} belongs to {in_words(owners)}; what several tasks share must be no task's own, so that it is "
+                "protected like all that they share"
+            )
         if owners & asked and not owners & users:
             return f"{name} is said to belong to {in_words(owners & asked)}, which does not use it: {HOW_TO_SAY}"
         for t in sorted(users - owners):

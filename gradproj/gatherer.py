@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,7 @@ class Gatherer:
         fast: sum products of layers of at least `FAST_SIZE` inputs in float32.
         count_only: do not keep what is seen, only who shares what, and how much there is.
         keep_columns: as for Representation.
+        unit: names of layers whose Representation is made so.
 
     Attributes:
         sources: by layer name.
@@ -82,9 +83,10 @@ class Gatherer:
         fast: bool = False,
         count_only: bool = False,
         keep_columns: bool = False,
+        unit: Collection[str] = (),
     ) -> None:
         self.layers, self.samples, self.rows, self.fast = layers, samples or {}, rows, fast
-        self.count_only, self.keep_columns = count_only, keep_columns
+        self.count_only, self.keep_columns, self.unit = count_only, keep_columns, unit
         self.sources: dict[str, Source] = {}
         self.hosts: dict[str, list[nn.Module]] = {}
         self.columns: dict[str, int] = dict.fromkeys((key for layer in layers.values() for key in layer.keys), 0)
@@ -120,7 +122,7 @@ class Gatherer:
     def _take(self, layer: Layer, inputs: Tensor, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
         """Add an input to what a layer sees, once for all layers of its source."""
         count = self.samples.get(layer.name)
-        key = (id(inputs), count, layer.signature(arguments))
+        key = (id(inputs), count, layer.name in self.unit, layer.signature(arguments))
         given = self._recent.get(key)
         if given is not None and (
             given.tensor() is not inputs or given.version != version(inputs) or layer.name in given.takers
@@ -185,7 +187,9 @@ class Gatherer:
         """What a layer has seen before it runs, by position among its keys."""
         rows = {layer.name} if isinstance(layer, EmbeddingLayer) else set()
         return [
-            SeenRows(d) if key in rows else Representation(d, self._product_dtype(d), self.keep_columns)
+            SeenRows(d)
+            if key in rows
+            else Representation(d, self._product_dtype(d), self.keep_columns, layer.name in self.unit)
             for key, d in layer.sizes.items()
         ]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradproj.batches import Forward, Mask, in_eval_mode, masks, runner
 from gradproj.errors import InputError
 from gradproj.gatherer import Gatherer
-from gradproj.layers import Layer, Selection
+from gradproj.layers import Layer
 from gradproj.layers.uses import Uses, plain_paths
 from gradproj.normalization import is_normalization
 from gradproj.representation import Representation, SeenRows
@@ -28,8 +28,8 @@ class Memory(Protocol):
     model: nn.Module
     layers: dict[str, Layer]
     bases: dict[str, Tensor]
-    exclude: Selection
-    include: Selection | None
+    exclude: list[str | nn.Module]
+    include: list[str | nn.Module] | None
     n_updates: int
 
     @property

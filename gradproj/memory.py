@@ -19,7 +19,7 @@ from gradproj.gatherer import Gatherer
 from gradproj.gathering import gather, passes
 from gradproj.growth import grown, thresholds_by_layer
 from gradproj.inspection import Check, inspect, refuse_changed, table
-from gradproj.layers import Layer, Selection, find_layers
+from gradproj.layers import Layer, Selection, find_layers, listed
 from gradproj.normalization import frozen, normalization_parameters
 from gradproj.optimizers import (
     gradients,
@@ -75,11 +75,14 @@ class GradientProjectionMemory:
     ) -> None:
         if rank_rule not in get_args(RankRule):
             raise InputError(f"rank_rule is {rank_rule!r}; it must be one of: {', '.join(get_args(RankRule))}")
-        self.model, self.exclude, self.include = model, exclude, include
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+        self.model, self.exclude = model, listed(exclude)
+        self.include = None if include is None else listed(include)
         self.rank_rule: RankRule = rank_rule
         self.exact = exact
         refuse_sharded(model)
-        self.layers = find_layers(model, exclude, include)
+        self.layers = find_layers(model, self.exclude, self.include)
         if not self.layers:
             raise InputError(f"{type(model).__name__} has no trained layer that can be protected")
         self.bases: dict[str, Tensor] = {
@@ -174,10 +177,16 @@ class GradientProjectionMemory:
             DivergenceError: a layer's inputs are infinite or NaN.
         """
         thresholds = thresholds_by_layer(threshold, self.layers)  # before the work
+        for name, count in (("rows", rows), ("max_columns", max_columns)):
+            if count is not None and (not isinstance(count, int) or count < 1):
+                raise InputError(f"{name} is {count!r}; it must be a whole number, 1 or more")
+        # Where all is remembered, which directions are strong is no matter.
+        whole = [name for name, epsilon in thresholds.items() if epsilon == 1 and max_columns is None]
         fast = not self.exact and max(thresholds.values()) <= FAST_THRESHOLD
         bases: dict[str, Tensor] = {}
         for layers, again in passes(self.layers, self.model, forward, batches, samples, mask, max_memory):
-            gathered = self._gathered(forward, again, samples, mask, Gatherer(layers, samples, rows, fast))
+            gatherer = Gatherer(layers, samples, rows, fast, unit=whole)
+            gathered = self._gathered(forward, again, samples, mask, gatherer)
             bases |= self._grown(gathered, thresholds, fast, max_columns)
         self.replace(bases)
 
@@ -211,6 +220,8 @@ class GradientProjectionMemory:
     ) -> dict[str, Representation | SeenRows]:
         if self.is_protecting:
             raise InputError("update within protect() would protect only once that is entered anew; leave it first")
+        if samples is not None and not isinstance(samples, Mapping):
+            raise InputError(f"samples is a {type(samples).__name__}; it must be a dict of counts by layer name")
         for name, count in (samples or {}).items():
             if name not in self.layers or count < 1:
                 raise InputError(
@@ -415,23 +426,29 @@ class GradientProjectionMemory:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs, tensors and plain values only."""
-        places = {id(module): i for i, module in enumerate(self.model.modules())}
-        hosts = {name: [places[id(m)] for m in modules if id(m) in places] for name, modules in self._hosts.items()}
+        names = {module: name for name, module in self.model.named_modules()}
+        hosts = {name: [names[m] for m in modules if m in names] for name, modules in self._hosts.items()}
         return {"bases": dict(self.bases), "n_updates": self.n_updates, "hosts": hosts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved memory; raises InputError where it is not of this model's layers."""
+        if not isinstance(state, Mapping) or not {"bases", "n_updates"} <= state.keys():
+            raise InputError("this is no memory's state; give what state_dict() returned")
         found = {key: basis.shape[0] if basis.ndim == 2 else None for key, basis in state["bases"].items()}
         expected = {key: d if self.bases[key].ndim == 2 else None for key, d in self.input_sizes.items()}
         if expected != found:
             wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key, -1) != found.get(key, -1))
             raise InputError(f"the saved memory is of another model: layers {', '.join(wrong)} differ in name or size")
+        for key, basis in state["bases"].items():
+            if basis.ndim == 2 and not torch.allclose(basis.norm(dim=0), basis.new_ones(basis.shape[1]), atol=1e-6):
+                raise InputError(f"the saved basis of {key} is damaged: its columns are not of length 1")
         devices = {key: layer.device for layer in self.layers.values() for key in layer.keys}
         self.bases = {key: state["bases"][key].to(devices[key]) for key in self.bases}
         self.n_updates = state["n_updates"]
-        modules = list(self.model.modules())
-        hosts = state.get("hosts", {})  # by place in the model
-        self._hosts = {name: [modules[i] for i in places if i < len(modules)] for name, places in hosts.items()}
+        # Older versions saved the places of modules instead of their names.
+        modules = dict(self.model.named_modules()) | dict(enumerate(self.model.modules()))
+        hosts = state.get("hosts", {})
+        self._hosts = {name: [modules[n] for n in names if n in modules] for name, names in hosts.items()}
         self._watcher.snapshot = None
 
     def save(self, path: str | Path) -> None:
@@ -441,6 +458,6 @@ class GradientProjectionMemory:
     def load(self, path: str | Path) -> None:
         """Read a memory that `save` wrote; raises InputError where the file is damaged or of another model."""
         state = load_tensors(Path(path))
-        if not isinstance(state, dict) or not {"bases", "n_updates"} <= state.keys():
+        if not isinstance(state, Mapping) or not {"bases", "n_updates"} <= state.keys():
             raise InputError(f"{path} holds no memory; give a file that `save` wrote")
         self.load_state_dict(state)

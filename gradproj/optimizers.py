@@ -24,7 +24,7 @@ def unwrapped(optimizers: Any) -> list[torch.optim.Optimizer]:
     Raises:
         InputError: there is none.
     """
-    given = optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]
+    given = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
     return [_innermost(optimizer) for optimizer in given]
 
 
@@ -39,7 +39,7 @@ def trainers(optimizers: Any, model: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def _innermost(optimizer: Any) -> torch.optim.Optimizer:
-    inner = optimizer
+    inner = found = optimizer
     while inner is not None:
         found = inner
         inner = next((v for v in getattr(inner, "__dict__", {}).values() if isinstance(v, torch.optim.Optimizer)), None)
@@ -135,7 +135,8 @@ def projected_updates(optimizer: torch.optim.Optimizer, projectors: Mapping[str,
                 if parameter is not None and start is not None and step is not None:
                     torch.add(start, step, out=parameter.detach())
 
-    with optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(project):
+    first, last = map(torch.compiler.disable, (remember, project))  # a compiled step calls them as they are
+    with optimizer.register_step_pre_hook(first), optimizer.register_step_post_hook(last):
         yield
 
 
@@ -175,7 +176,7 @@ def watched_steps(
             closure = [*args[1:], *kwargs.values()]  # after the optimiser itself
             first(optimizer, any(value is not None for value in closure))
 
-    handle = register_optimizer_step_pre_hook(look)
+    handle = register_optimizer_step_pre_hook(torch.compiler.disable(look))
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradproj.errors import InputError
 from gradproj.layers import Layer
 from gradproj.layers.linear import LinearLayer
 from gradproj.layers.uses import Uses
@@ -86,6 +87,9 @@ class _Still(torch.autograd.Function):
         return grad_output, None
 
 
+Say = Callable[[list[tuple[str, str]]], None]
+
+
 class Protection:
     """What is going on in a `projecting` context.
 
@@ -130,7 +134,7 @@ class _HostForward:
         if self.is_linear and not self.projects[0].is_full and not torch._C._are_functorch_transforms_active():
             (inputs,) = (*args, *kwargs.values())
             weight, bias = self.module.weight, self.module.bias
-            if inputs.numel() < weight.numel():
+            if inputs.numel() < weight.numel() and all(p.requires_grad for p in (weight, bias) if p is not None):
                 return _InputSide.apply(inputs, weight, bias, self.projects[0])
         found = [(owner, name, p) for project in self.projects for owner, name, p in _trained(project.layer)]
         for project in self.projects:
@@ -144,9 +148,15 @@ class _HostForward:
 
     def _substitute(self, project: LayerProjector) -> None:
         """Put substitutes in the places of a layer's parameters."""
-        weight, bias = (p if p is not None and p.requires_grad else None for p in project.layer.parameters)
-        if weight is None and bias is None:
+        weight, bias = project.layer.parameters
+        training = {p.requires_grad for p in (weight, bias) if p is not None}
+        if training == {False}:
             return
+        if len(training) > 1:
+            raise InputError(
+                f"of layer {project.layer.name} the weight or the bias was frozen inside protect(), but their "
+                "directions are remembered together; train or freeze both"
+            )
         if project.is_full:  # the gradient is zero: do not compute it
             substitutes: Any = [None if p is None else p.detach() for p in (weight, bias)]
         elif torch._C._are_functorch_transforms_active():
@@ -199,7 +209,7 @@ def projecting(
     protection = Protection(projectors)
     at: dict[nn.Module, list[LayerProjector]] = {}
     for name, project in projectors.items():
-        if not project.is_idle and any(p is not None and p.requires_grad for p in project.layer.parameters):
+        if not project.is_idle:
             own = [owner for owner, _ in project.layer.owners]
             for module in dict.fromkeys([*own, *(hosts or {}).get(name, ())]):
                 if isinstance(vars(module).get("forward"), _HostForward):
@@ -229,13 +239,13 @@ class Watch:
     Args:
         model: whose forward.
         protection: what is going on.
-        say: called after that pass with what was found, a phrase each: weights used in a way that no projector covers,
-            and buffers that moved.
+        say: called after that pass with what was found, names with a phrase each: layers whose weights are used in a
+            way that no projector covers, and buffers that moved.
     """
 
-    def __init__(self, model: nn.Module, protection: Protection, say: Callable[[list[str]], None]) -> None:
+    def __init__(self, model: nn.Module, protection: Protection, say: Say) -> None:
         self.model, self.protection, self.say = model, protection, say
-        self.found: dict[str, None] = {}
+        self.found: dict[tuple[str, str], None] = {}
         self.before: dict[str, tuple[int, int, int]] | None = None
         self.is_over = False
         self.open = ExitStack()
@@ -256,7 +266,7 @@ class Watch:
         for name, state in self._state().items():
             owner = self.model.get_submodule(name.rpartition(".")[0])
             if self.before.get(name) != state and not hasattr(owner, "track_running_stats"):  # of those another warns
-                self.found[f"{name} is changed by the forward pass itself"] = None
+                self.found[name, f"{name} is changed by the forward pass itself"] = None
         self.say(list(self.found))
 
     def close(self) -> None:
@@ -272,15 +282,15 @@ class Watch:
         return {name: (id(tensor), _place(tensor), tensor._version) for name, tensor in tensors}
 
     def _used(self, layer: Layer, function: str) -> None:
-        self.found[f"the weight of {layer.name or 'the model'} is also used by {function}, which is not projected"] = (
-            None
-        )
+        what = f"the weight of {layer.name or 'the model'} is also used by {function}, which is not projected"
+        self.found[layer.name, what] = None
 
     def _applied(self, layer: Layer, _function: Callable[..., Any], _arguments: Mapping[str, Any]) -> None:
         project = self.protection.projectors[layer.name]
         if not project.is_idle and any(p is not None and p.requires_grad for p in layer.parameters):
             # Where its application was seen before, substitutes are in its parameters' places.
-            self.found[f"{layer.name or 'the model'} is applied where update() has not seen it applied"] = None
+            what = f"{layer.name or 'the model'} is applied where update() has not seen it applied"
+            self.found[layer.name, what] = None
 
 
 class _Hook:
@@ -301,7 +311,7 @@ def _nothing() -> None:
 
 
 @contextmanager
-def watching(model: nn.Module, protection: Protection, say: Callable[[list[str]], None]) -> Iterator[None]:
+def watching(model: nn.Module, protection: Protection, say: Say) -> Iterator[None]:
     """Within this context a `Watch` looks at the model's first forward pass."""
     watch = Watch(model, protection, say)
     begin = model.register_forward_pre_hook(_Hook(watch.begin))

@@ -19,14 +19,18 @@ class Representation:
         d: inputs of the layer.
         product_dtype: of the products that R Rᵀ is summed from; in float32 they take half the time and cost 1e-7 of it.
         keep_columns: hold all columns as they are, for what R Rᵀ does not say.
+        unit: bring all columns to lengths in [0.5, 1) by powers of two, which changes no span and rounds nothing: for
+            ε = 1, where each column counts, however short beside others.
 
     Attributes:
         columns: R, in the dtype it came in, while n < d; then None.
         gram: R Rᵀ from then on; None before.
     """
 
-    def __init__(self, d: int, product_dtype: torch.dtype = torch.float64, keep_columns: bool = False) -> None:
-        self.d, self.n, self.product_dtype, self.keep_columns = d, 0, product_dtype, keep_columns
+    def __init__(
+        self, d: int, product_dtype: torch.dtype = torch.float64, keep_columns: bool = False, unit: bool = False
+    ) -> None:
+        self.d, self.n, self.product_dtype, self.keep_columns, self.unit = d, 0, product_dtype, keep_columns, unit
         self.columns: Tensor | None = None
         self.gram: Tensor | None = None
 
@@ -56,6 +60,9 @@ class Representation:
     def add(self, columns: Tensor) -> Representation:
         """Append columns (d, m); returns itself."""
         self.n += columns.shape[1]
+        if self.unit:
+            columns = columns.to(torch.promote_types(columns.dtype, torch.float32))
+            columns = torch.ldexp(columns, -torch.frexp(columns.norm(dim=0)).exponent.clamp(-120, 120))
         if self.keep_columns or (self.gram is None and self.n < self.d):
             # A copy also of the first ones: they may be a view of an activation that the model changes in place.
             self.columns = columns.clone() if self.columns is None else torch.cat([self.columns, columns], dim=1)

@@ -141,8 +141,8 @@ def verification(memory: Memory, snapshot: Snapshot, forward: Forward, batch: An
 
 
 @torch.no_grad()
-def what_moved(memory: Memory, layers: Iterable[Layer], snapshot: Snapshot) -> Iterator[str]:
-    """What is no longer as it was remembered, although training under protection leaves it so, as phrases.
+def what_moved(memory: Memory, layers: Iterable[Layer], snapshot: Snapshot) -> Iterator[tuple[str, str]]:
+    """What is no longer as it was remembered, although training under protection leaves it so: names, with a phrase.
 
     Args:
         memory: whose bases.
@@ -160,9 +160,8 @@ def what_moved(memory: Memory, layers: Iterable[Layer], snapshot: Snapshot) -> I
         for key in layer.keys:
             inside, length = (x.item() for x in layer.inside(key, memory.bases[key].to(layer.device), *moved))
             if inside > max(LEAK * length, explained):
-                yield (
-                    f"{100 * inside / length:.2g} % of the movement of {key or 'the model'} is in remembered directions"
-                )
+                share = f"{100 * inside / length:.2g} % of the movement of {key or 'the model'}"
+                yield layer.name, f"{share} is in remembered directions"
     kept = kept_modules(memory.model, memory.exclude, memory.include)
     protected = {id(p) for layer in memory.layers.values() for p in layer.parameters}
     for name, value in there.items():
@@ -172,9 +171,9 @@ def what_moved(memory: Memory, layers: Iterable[Layer], snapshot: Snapshot) -> I
             continue
         known = snapshot.values.get(name)
         if name in snapshot.checksums and checksum(value) != snapshot.checksums[name]:
-            yield f"{name} has changed, which was not trained"
+            yield name, f"{name} has changed, which was not trained"
         elif known is not None and name not in resized and not torch.equal(value, known.to(value)):
-            yield f"{name} has changed"
+            yield name, f"{name} has changed"
 
 
 def _those_that(matters: Callable[[Sequence[str]], bool], names: Sequence[str]) -> list[str]:

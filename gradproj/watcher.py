@@ -25,7 +25,7 @@ class Watcher:
     Attributes:
         snapshot: the model as it was last remembered; None before.
         said: what was warned of.
-        suspects: whether something was said that moves what is remembered, so that finding it moved is no news.
+        suspects: names of what was said to be moved by something, so that finding it moved is no news.
         projected: ids of optimisers whose updates are projected.
     """
 
@@ -33,7 +33,7 @@ class Watcher:
         self.memory = memory
         self.snapshot: Snapshot | None = None
         self.said: set[str] = set()
-        self.suspects = False
+        self.suspects: set[str] = set()
         self.projected: set[int] = set()
 
     def remember(self) -> None:
@@ -52,13 +52,13 @@ class Watcher:
         for concern in what_can_forget(memory.model, memory.exclude, memory.include, memory.unprotected):
             self.say(concern)
 
-    def say_leaks(self, leaks: Iterable[str]) -> None:
-        """Warn of uses or movements, given as phrases, through which old tasks may be forgotten."""
-        for leak in leaks:
-            self.suspects = True
+    def say_leaks(self, leaks: Iterable[tuple[str, str]]) -> None:
+        """Warn of what may let old tasks be forgotten: names of layers, parameters or buffers, each with a phrase."""
+        for name, leak in leaks:
+            self.suspects.add(name)
             self.say(f"{leak}: old tasks may be forgotten through it")
 
-    def say_of_the_first_pass(self, leaks: list[str]) -> None:
+    def say_of_the_first_pass(self, leaks: Iterable[tuple[str, str]]) -> None:
         """Warn of what the first forward and backward pass under protection showed."""
         self.say_leaks(leaks)
         self.say_what_can_forget()  # again: statistics move only of modules in training mode, as they are now
@@ -71,10 +71,10 @@ class Watcher:
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return  # while a CUDA graph is recorded no number is known
-        if self.snapshot is not None and not self.suspects:
-            layers = [project.layer for project in projectors.values()]
-            found = what_moved(self.memory, layers, self.snapshot)
-            self.say_leaks([f"{what} since task {self.memory.n_updates}" for what in found])
+        if self.snapshot is not None:
+            layers = [project.layer for name, project in projectors.items() if name not in self.suspects]
+            moved = [pair for pair in what_moved(self.memory, layers, self.snapshot) if pair[0] not in self.suspects]
+            self.say_leaks([(name, f"{what} since task {self.memory.n_updates}") for name, what in moved])
 
     @contextmanager
     def steps(self, projectors: Mapping[str, LayerProjector]) -> Iterator[None]:
@@ -99,8 +99,9 @@ class Watcher:
         def look(optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
             if id(optimizer) not in self.projected:
                 for concern in what_steps_past(optimizer, projectors.values(), not has_closure):
-                    self.suspects = True
+                    self.suspects |= projectors.keys()
                     self.say(concern)
 
+        self.suspects = set()
         with watched_steps(parameters, look, count):
             yield

@@ -170,11 +170,18 @@ def kept_modules(model: nn.Module, exclude: Selection = (), include: Selection |
     }
 
 
+def listed(selection: Selection | None) -> list[str | nn.Module]:
+    """The names and modules of a selection, which may be one, several or none."""
+    if selection is None:
+        return []
+    return [selection] if isinstance(selection, (str, nn.Module)) else list(selection)
+
+
 def selected(model: nn.Module, selection: Selection, argument: str) -> set[str]:
     """The names of some modules and of all that is inside them."""
     modules = dict(model.named_modules())
     names: set[str] = set()
-    for item in [selection] if isinstance(selection, (str, nn.Module)) else selection:
+    for item in listed(selection):
         if isinstance(item, nn.Module):
             found = [name for name, module in modules.items() if module is item]
         elif item in modules:

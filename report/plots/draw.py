@@ -83,8 +83,13 @@ def _is_beside(row: Row, other: Row) -> bool:
 def draw_comparison(rows: Sequence[Row], save: Save) -> None:
     """Methods beside each other on one benchmark, data and variant; matrix and memory of each."""
     # Rows that differ in their notes alone would hide each other: the one with the most runs stands for all.
-    best = {row.title: row for row in sorted(rows, key=lambda row: len(row.runs))}
-    shown = {row.title + IDENTITY * row.task_identity: row for row in rows if best[row.title] is row}
+    best = {row.method: row for row in sorted(rows, key=lambda row: len(row.runs))}
+    titles = [row.title for row in best.values()]
+    shown = {
+        row.title + f" ({row.method})" * (titles.count(row.title) > 1) + IDENTITY * row.task_identity: row
+        for row in rows
+        if best[row.method] is row
+    }
     looks = {name: look(row.place, i) for i, (name, row) in enumerate(shown.items())}
     kind = rows[0].variant
     title = _title(rows[0], kind)
