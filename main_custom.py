@@ -75,6 +75,8 @@ def load(options: Hyperparameters, groups: Sequence[Sequence[str]]) -> Benchmark
         ]
     )
     train, test = own.image_folder(options.images, transform)
+    if test is not None and options.pc_test != Hyperparameters.pc_test:
+        raise InputError(f"pc_test is {options.pc_test}, but {options.images} has a folder test, which is used whole")
     split = {name: getattr(options, name) for name in ("pc_valid", "pc_test", "seed", "n_train")}
     name = options.name or Path(options.images).resolve().name
     return Benchmark(name, "real", own.by_class(train, groups, test, **split))

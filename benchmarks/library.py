@@ -1,7 +1,7 @@
 """The library on wide layers and foreign models, beside the plain form of the same mathematics, in one run.
 
     python benchmarks/library.py                       # all cases, minutes on one thread
-    python benchmarks/library.py --only wide step      # two of them
+    python benchmarks/library.py --only wide lora      # two of them
     python benchmarks/library.py --short               # each case tiny: does it run?
 
 Plain: every layer by itself, its float64 R Rᵀ decomposed in full; a step without protection. Seconds are processor time

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
@@ -19,6 +21,8 @@ from gradproj.errors import InputError, one_line
 KEYS = ("image", "label")  # of data whose items are dicts
 BATCH_SIZE = 256  # of images that are read at once
 datasets = import_torchvision("datasets")
+Image.init()
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 Data = Split | tuple | Dataset | Iterable
 Class = str | int
@@ -181,7 +185,12 @@ def by_class(
         parts = Split(images[learned], labels[learned]), Split(images[held], labels[held]), part(test, test_rows, group)
         return Task(", ".join(map(str, group)), len(group), *map(mixed, parts), classes=tuple(group))
 
-    return LazyTasks(len(groups), build)
+    def sizes(group: Sequence[Class]) -> dict[str, int]:
+        n = sum(len(train_rows[c][:n_train]) for c in group)
+        n_valid = n_held_out(n, pc_valid)
+        return {"train": n - n_valid, "valid": n_valid, "test": sum(len(test_rows[c]) for c in group)}
+
+    return LazyTasks(len(groups), build, sizes=list(map(sizes, groups)))
 
 
 def rows_of_classes(data: Data, classes: Sequence[Class], keys: tuple[str, str]) -> dict[Class, np.ndarray]:
@@ -237,7 +246,8 @@ def image_folder(folder: str | Path, transform: Any) -> tuple[Dataset, Dataset |
     """The images of a folder with one folder for each class, or with two such folders `train` and `test`.
 
     Args:
-        folder: of image files that Pillow reads.
+        folder: of image files that Pillow reads, by their suffixes; of animations the first picture. 16-bit ones are
+            brought to 8 bits, transparent ones laid on white.
         transform: makes a tensor of an image; torchvision's.
     Returns:
         training and test images; no test images where the folder is not divided.
@@ -252,13 +262,24 @@ def image_folder(folder: str | Path, transform: Any) -> tuple[Dataset, Dataset |
 
 def _images_in(folder: Path, transform: Any) -> Dataset:
     """Folders without images, such as those that editors leave, are no classes."""
+    others: dict[str, int] = {}  # files that are left out, by suffix
+
+    def counts(path: str) -> bool:
+        suffix = Path(path).suffix.lower()
+        if suffix not in SUFFIXES and not Path(path).name.startswith("."):
+            others[suffix or "no suffix"] = others.get(suffix or "no suffix", 0) + 1
+        return suffix in SUFFIXES
+
     try:
-        found = datasets.ImageFolder(str(folder), transform, loader=_read_image, allow_empty=True)
+        found = datasets.ImageFolder(str(folder), transform, loader=read_image, is_valid_file=counts, allow_empty=True)
         if not len(found):
             raise OSError("there are none in its folders")
     except (OSError, RuntimeError) as error:  # RuntimeError: of older versions
         reason = one_line(error)
         raise InputError(f"no images in {folder} ({reason}); it must hold a folder of images for each class") from error
+    if others:
+        listed = ", ".join(f"{n} of {suffix}" for suffix, n in sorted(others.items()))
+        warnings.warn(f"{folder}: files that are no images by their suffix are left out ({listed})", stacklevel=3)
     filled = {label for _, label in found.samples}
     found.name = str(folder)
     found.classes = [name if label in filled else "" for label, name in enumerate(found.classes)]
@@ -269,11 +290,31 @@ class UnreadableImage(Exception):
     """A file that is no image, or a damaged one."""
 
 
-def _read_image(path: str) -> Any:
+def read_image(path: str | Path) -> Image.Image:
+    """An image file as 8-bit RGB.
+
+    Raises:
+        UnreadableImage: it is damaged, too large, or has 32-bit pixels, whose range nobody knows.
+    """
     try:
-        return datasets.folder.default_loader(path)
-    except (OSError, SyntaxError, ValueError) as error:  # as Pillow's decoders raise
-        raise UnreadableImage(f"cannot read {path}: it is damaged, or no image; replace it or take it away") from error
+        with Image.open(path) as image:
+            return _as_rgb(image)
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{path} {error}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as Pillow's decoders raise
+        raise UnreadableImage(f"cannot read {path} ({one_line(error)}); replace it or take it away") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older Pillows call it I
+        eight = (np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8)
+        return Image.fromarray(eight).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise UnreadableImage("has 32-bit pixels, whose range nobody knows; save it with 8 or 16 bits")
+    if "A" in image.mode.upper() or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
 
 
 def read_groups(path: str | Path) -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ def check_benchmark(benchmark: Benchmark, method: Method) -> None:
     """Raise InputError where names make no folder, or there are fewer tasks or heads than are to be learned."""
     for what, name in (("benchmark's name", benchmark.name), ("data", benchmark.data), ("method's name", method.name)):
         if not isinstance(name, str) or not name.isprintable() or set(name) & NO_FOLDER or not name.strip(". "):
-            raise InputError(f"the {what} is {name!r}; it names a folder, so it must be a plain name such as 'pmnist'")
+            bad = " ".join(sorted(NO_FOLDER))
+            raise InputError(f"the {what} is {name!r}; it names a folder, so it must have letters and none of {bad}")
     try:
         there = len(benchmark.tasks)
     except TypeError as error:
@@ -113,7 +115,7 @@ def check_alike(method: Method, first: tuple[str, Tensor], other: tuple[str, Ten
 
 
 @torch.no_grad()
-def check_fits(model: nn.Module, task: Task, t: int, options: Options) -> None:
+def check_fits(model: nn.Module, task: Task, t: int, options: Options, sizes: Sequence[Mapping[str, int]] = ()) -> None:
     """Raise InputError where a network cannot take a task: its images, single ones, or as many classes.
 
     Args:
@@ -121,10 +123,12 @@ def check_fits(model: nn.Module, task: Task, t: int, options: Options) -> None:
         task: on the model's device.
         t: its number.
         options: the batch sizes.
+        sizes: by task, how many images each part has, as far as that is known: of later tasks it tells now what would
+            be refused when they begin.
     """
     name = _called(model)
     model.eval()
-    _check_single_images(model, task, t, options)
+    _check_single_images(model, task, t, options, sizes)
     known = set()
     for part in PARTS:
         images = getattr(task, part).images
@@ -151,11 +155,16 @@ def check_fits(model: nn.Module, task: Task, t: int, options: Options) -> None:
             raise InputError(f"{name} has {outputs.shape[1]} outputs for the {task.n_classes} classes of {task.name}")
 
 
-def _check_single_images(model: nn.Module, task: Task, t: int, options: Options) -> None:
+def _check_single_images(
+    model: nn.Module, task: Task, t: int, options: Options, sizes: Sequence[Mapping[str, int]]
+) -> None:
     """Raise InputError where there would be batches of one image, and BatchNorm refuses them."""
     alone = [f"{name} is 1" for name in SIZES if getattr(options, name, None) == 1]
     parts = [part for part in PARTS if len(getattr(task, part).labels) == 1]
     alone += [f"{task.name} has 1 {PART_WORDS[part]} image" for part in parts]
+    later = [(j, part) for j, counts in enumerate(sizes) if j > t for part, n in counts.items() if n == 1]
+    alone += [f"task {j + 1} has 1 {PART_WORDS[part]} image" for j, part in later]
+    parts += [part for _, part in later]
     if not alone or not _takes(model, task.train.images[:1].repeat_interleave(2, dim=0), t):  # as will be said
         return
     try:

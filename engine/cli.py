@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -242,6 +244,14 @@ def _is_a_default(name: str, value: Any, options: type[Options], methods: Method
     return any(value == (list(usual) if isinstance(usual, tuple) else usual) for usual in values)
 
 
+def silence() -> None:
+    """Let what is still to be printed go nowhere: where output cannot be written, Python would complain at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def script(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
     """Run a script's main; what went wrong is one line on stderr and the error's exit code."""
     program = Path(sys.argv[0]).name
@@ -259,6 +269,11 @@ def script(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
     except (InputError, DivergenceError, Stopped) as error:
         say(f"error: {error}")
         sys.exit(error.exit_code)
+    except OSError as error:  # of a path that may not be entered, say, or a pipe that nobody reads any more
+        with suppress(OSError):
+            say(f"error: {error}")
+        silence()
+        sys.exit(InputError.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not hardware.is_out_of_memory(error):
             raise

@@ -19,6 +19,7 @@ from engine.folder import (
     forget,
     hold,
     keep_weights,
+    kept_weights,
     leave_nothing,
     load_checkpoint,
     run_folder,
@@ -28,7 +29,7 @@ from engine.folder import (
 from engine.interrupts import Stopped, deferred, stoppable
 from engine.method import Method
 from engine.options import Options, hyperparameters, overridden, results_options, variant
-from engine.progress import Progress, print_result, tolerate_consoles
+from engine.progress import Progress, print_result, tell, tolerate_consoles
 from engine.run_tasks import RunTasks
 from engine.same import check_same, of_summary
 from engine.shorter import from_shorter
@@ -130,7 +131,9 @@ class Run:
         if finished is not None and (self.position == options.n_tasks or not resumed):
             if "tasks" in finished and not (self.folder / record.MATRIX).exists():  # an older version's names none
                 record.write_matrix(self.folder, finished)
-            print(f"finished already, in {self.folder} (--no_resume runs it again)")
+            tell(f"finished already, in {self.folder} (--no_resume runs it again)")
+            if options.keep == "each" and not kept_weights(self.folder) and options.n_tasks > 1:
+                tell("note: it did not keep the weights after each task; --no_resume --keep each does")
             print_result(finished)
             return finished
         self.progress = Progress(self.title, options, self.folder, done=self.position)

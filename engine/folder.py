@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import warnings
@@ -40,8 +41,8 @@ def hold(folder: Path) -> Iterator[None]:
     Raises:
         InputError: one does already, the folder is another program's, or it cannot be written to.
     """
-    if (folder / NEWEST).exists() and not (folder / "config.json").exists() and not is_ours(folder / NEWEST):
-        raise InputError(f"{folder} holds a {NEWEST} of another program; choose another folder")
+    if foreign := foreign_files(folder):
+        raise InputError(f"{folder} holds {', '.join(foreign)} of another program; choose another folder")
     lock = filelock.FileLock(folder / LOCK, timeout=0)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -53,7 +54,7 @@ def hold(folder: Path) -> Iterator[None]:
         holder = (folder / HOLDER).read_text(encoding="utf-8") if (folder / HOLDER).exists() else "another process"
         raise InputError(f"{holder} is at work in {folder}; wait for it or choose another folder") from error
     except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another --output_dir") from error
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
     try:
         share_files(folder, (NEXT, NEWEST, RESERVE, "summary.json"))
         yield
@@ -65,6 +66,17 @@ def hold(folder: Path) -> Iterator[None]:
                 for path in made:
                     path.rmdir()
         lock.release()
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Files that a run would write, in a folder where nothing says that a run wrote them."""
+    states = (NEXT, NEWEST, RESERVE)
+    there = [name for name in (*OUTPUTS, *states) if (folder / name).exists()]
+    by_a_run = (folder / LOCK).exists() or any(is_ours(folder / name) for name in states)
+    for name, key in (("config.json", "hyperparameters"), ("summary.json", "average_accuracy")):
+        with suppress(OSError, ValueError, TypeError):
+            by_a_run = by_a_run or key in json.loads((folder / name).read_text(encoding="utf-8"))
+    return [] if by_a_run else there
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -83,13 +95,19 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest state that can be read, or None. A damaged one is passed over with a warning."""
+    """The newest state that can be read, or None. A damaged one is passed over with a warning.
+
+    Raises:
+        InputError: one is there, and the system does not let it be read.
+    """
     damaged = 0
     for name in (NEXT, NEWEST, RESERVE):
         if (folder / name).exists():
             try:
                 return _upgraded(load_tensors(folder / name))
             except InputError as error:
+                if isinstance(error.__cause__, OSError):  # not damaged: it may be read another time
+                    raise InputError(f"{error}; nothing was changed") from error
                 damaged += 1
                 warnings.warn(f"{error}; looking for an older state", stacklevel=2)
     if damaged:
@@ -124,9 +142,14 @@ def weights_after(t: int, folder: Path, state: dict[str, Any]) -> dict[str, Tens
     return load_tensors(path) if path.exists() else None
 
 
+def kept_weights(folder: Path) -> list[Path]:
+    """The files with the weights after each task."""
+    return [path for path in folder.glob(KEPT.format("*")) if path.stem.rpartition("-")[2].isdecimal()]
+
+
 def forget(folder: Path) -> None:
     """Remove all states, and the summary that says that a run is finished."""
-    for path in (*(folder / name for name in (NEXT, NEWEST, RESERVE, "summary.json")), *folder.glob(KEPT.format("*"))):
+    for path in (*(folder / name for name in (NEXT, NEWEST, RESERVE, "summary.json")), *kept_weights(folder)):
         path.unlink(missing_ok=True)
 
 

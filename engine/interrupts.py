@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as an exception that waits while the state of a run is between two complete ones."""
+"""SIGTERM, SIGINT and SIGHUP as an exception that waits while the state of a run is between two complete ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 PR_SET_PDEATHSIG = 1
 _depth = 0  # nested `deferred` blocks
 _received: int | None = None
@@ -38,7 +38,8 @@ def stoppable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield
         return
-    previous = {number: signal.signal(number, _stop) for number in SIGNALS}
+    hung_up = [number for number in SIGNALS[2:] if signal.getsignal(number) is signal.SIG_IGN]  # as nohup asks
+    previous = {number: signal.signal(number, _stop) for number in SIGNALS if number not in hung_up}
     try:
         yield
     finally:

@@ -76,6 +76,8 @@ def load_run(
         InputError: a file is missing or damaged, or the model cannot be made.
     """
     folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} is no run's folder: it has no config.json")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         description = config["model"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -53,10 +54,11 @@ class Progress:
         )
 
     def say(self, text: str) -> None:
-        """A line, above the bar."""
+        """A line, above the bar. A terminal that is gone, or a full disk behind it, does not end the run."""
         if not self.quiet:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with suppress(OSError):
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def epoch(self, epoch: Epoch) -> None:
         """An epoch is over."""
@@ -66,8 +68,9 @@ class Progress:
         where = f"task {epoch.task + 1}/{self.n_tasks} epoch {epoch.epoch}"
         numbers = f"loss {epoch.train_loss:.4f}{train}{valid}, lr {epoch.lr:.2g}"
         if self.on_terminal:
-            self.bar.set_postfix_str(f"{where}: {numbers}")
-            self.bar.update()
+            with suppress(OSError):
+                self.bar.set_postfix_str(f"{where}: {numbers}")
+                self.bar.update()
         else:
             self.say(f"{where}/{self.n_epochs}: {numbers}, {epoch.seconds:.1f} s")
         if self.board:
@@ -92,7 +95,8 @@ class Progress:
             learns_when_full: as the method says.
         """
         self.epochs_seen = (t + 1) * self.n_epochs  # a plateau may have ended the task early
-        self.bar.update(self.epochs_seen - self.bar.n)
+        with suppress(OSError):
+            self.bar.update(self.epochs_seen - self.bar.n)
         self.say(f"task {t + 1}/{self.n_tasks} ({name}) learned; test accuracy, percent (row after task, column task):")
         for i, row in enumerate(accuracy):
             if all(value is None for value in row):  # tasks learned jointly are measured once, at the end
@@ -121,18 +125,25 @@ class Progress:
 
     def close(self) -> None:
         """Leave the bar and close the log."""
-        self.bar.close()
+        with suppress(OSError):
+            self.bar.close()
         if self.board:
             self.board.close()
 
 
+def tell(text: str) -> None:
+    """Print a line, if anybody is there to read it."""
+    with suppress(OSError):
+        print(text, flush=True)
+
+
 def print_result(summary: dict[str, Any]) -> None:
     """The numbers of a finished run, in two lines."""
-    print(
+    tell(
         f"{summary['benchmark']} ({summary['data']['kind']} data), {summary['method']}, seed {summary['seed']}: "
         f"{scores_in_words(summary)}, {summary['seconds']['total']:.0f} s"
     )
-    print(f"  {summary['folder']}/summary.json, accuracy.csv")
+    tell(f"  {summary['folder']}/summary.json, accuracy.csv")
 
 
 def tensorboard_writer(folder: Path):

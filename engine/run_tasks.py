@@ -122,7 +122,7 @@ class RunTasks(Sequence[Task]):
         image = task.train.images[0].clone()
         self._first = self._first or (task.name, image)
         check_alike(self.method, self._first, (task.name, image))
-        check_fits(lent, task, t, options)
+        check_fits(lent, task, t, options, getattr(self.tasks, "sizes", ())[: len(self)])
         try:
             self._usage.ask(lent, t, task.train.images[:2])
         except InputError:

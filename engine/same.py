@@ -42,7 +42,7 @@ def check_same(folder: Path, found: State, wanted: State, tasks: RunTasks) -> No
         way = (
             "leave --run_folder out: a run with more tasks goes on from it in a folder of its own"
             if grown
-            else "choose another"
+            else "give another folder, or start afresh with --no_resume"
         )
         raise InputError(f"{folder} holds a run with other hyperparameters ({'; '.join(different)}); {way}")
     if different := method_difference(found, wanted):

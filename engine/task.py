@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -66,12 +66,17 @@ class LazyTasks(Sequence[Task]):
         build: makes task t; must depend on t alone, so that asking twice gives the same task.
         build_held_out: makes its held-out parts alone, where that is quicker: after each task those of all earlier ones
             are asked for.
+        sizes: by task, how many images each of its parts has, where that is known before it is built.
     """
 
     def __init__(
-        self, n_tasks: int, build: Callable[[int], Task], build_held_out: Callable[[int], HeldOut] | None = None
+        self,
+        n_tasks: int,
+        build: Callable[[int], Task],
+        build_held_out: Callable[[int], HeldOut] | None = None,
+        sizes: Sequence[Mapping[str, int]] = (),
     ) -> None:
-        self._n_tasks, self._build = n_tasks, build
+        self._n_tasks, self._build, self.sizes = n_tasks, build, sizes
         self._build_held_out = build_held_out or (lambda t: build(t).held_out)
 
     def __len__(self) -> int:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli import Parser
+from engine.cli import Parser, silence
 from engine.files import write_json
 from engine.progress import tolerate_consoles
 from gradproj.errors import InputError
@@ -96,8 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         statuses = {problem.status for problem in problems}
         if "missing" in statuses or ("damaged" in statuses and not runs):
             return 1
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"report: error: {error}", file=sys.stderr)
+        silence()
         return 2
     return 0
 

@@ -205,6 +205,9 @@ def _row(key: tuple, found: list[Run]) -> Row:
     row.notes += [f"{name}: nothing here tells whether these are the published images" for name in _named_by(row, None)]
     if not _same_images(runs):
         row.notes.append("the runs of this row used different images (their checksums differ)")
+    for what, of in (("tasks", _tasks), ("networks", _network)):
+        if len({of(run) for run in runs} - {""}) > 1:
+            row.notes.append(f"the runs of this row are of different {what}: their mean says little")
     if len(row.commits) > 1:
         made = [f"{commit} ({runs_in_words(members)})" for commit, members in row.commits.items()]
         row.notes.append(f"made by {len(made)} states of the code: {', '.join(made)}")
@@ -231,6 +234,20 @@ def _same_images(runs: Sequence[Run]) -> bool:
         )
 
     return len({checksums(run) for run in runs}) == 1
+
+
+def _tasks(run: Run) -> str:
+    """The tasks that a run learned, whatever their order: names and classes; empty where its summary has none, or
+    where the benchmark's own hyperparameters decide them."""
+    tasks = run.summary.get("tasks") or []
+    if run.summary["benchmark"] in BENCHMARKS or not all("classes" in task for task in tasks):
+        return ""
+    return json.dumps(sorted(json.dumps([task["name"], task["classes"]]) for task in tasks)) if tasks else ""
+
+
+def _network(run: Run) -> str:
+    """The fingerprint of a run's network; empty where its summary has none."""
+    return (run.summary.get("network") or {}).get("fingerprint", "")
 
 
 def _named_by(row: Row, verified: bool | None) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,17 +45,16 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
         if not path.exists():
             problems[path.resolve()] = Problem(path, "missing", "does not exist")
             continue
-        found = set()
-        try:
-            files = [path] if path.is_file() else path.rglob("*.json")
-            for file in files:
-                if file.name == "config.json":
-                    found.add(file.parent / "summary.json")  # which may not exist yet
-                elif file == path or file.name == "summary.json" or file.name.startswith("seed-"):
-                    found.add(file)
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-        if not found:
+        found, closed = set(), []
+        for file in [path] if path.is_file() else _files_below(path, closed):
+            if file.name == "config.json":
+                found.add(file.parent / "summary.json")  # which may not exist yet
+            elif file == path or file.name == "summary.json" or file.name.startswith("seed-"):
+                found.add(file)
+        for error in closed:
+            folder = Path(error.filename)
+            problems[folder.resolve()] = Problem(folder, "missing", f"cannot be entered: {error.strerror}")
+        if not found and not closed:
             problems[path.resolve()] = Problem(path, "missing", "no summary.json, config.json or seed-N.json")
         for file in found:
             outcome = read_run(file)
@@ -63,6 +63,12 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
         nothing = "; ".join(f"{problem.path}: {problem.reason}" for problem in problems.values())
         raise InputError(f"{nothing}; give run folders, or a folder that holds them")
     return sorted(runs.values(), key=lambda run: str(run.path)), sorted(problems.values(), key=lambda p: str(p.path))
+
+
+def _files_below(folder: Path, closed: list[OSError]) -> Iterator[Path]:
+    """All JSON files below a folder; of folders that may not be entered, the errors are added to `closed`."""
+    for place, _, names in os.walk(folder, onerror=closed.append):
+        yield from (Path(place, name) for name in names if name.endswith(".json"))
 
 
 def read_run(file: Path) -> Run | Problem:

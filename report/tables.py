@@ -32,6 +32,8 @@ def duration(seconds: float) -> str:
 
 def command(row: Row) -> str:
     """The command that makes a row's runs; several where orders of the tasks have different seeds."""
+    if row.benchmark not in BENCHMARKS:  # of a script that is not here
+        return NOTHING
     hyperparameters = row.runs[0].summary.get("hyperparameters", {})
     flags = [] if row.data == "real" else [f"--data {row.data}"]
     for part in [] if row.variant == "default" else row.variant.split(","):

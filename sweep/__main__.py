@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli import Parser
+from engine.cli import Parser, silence
 from engine.progress import tolerate_consoles
 from gradproj.errors import InputError
 from methods import METHODS
@@ -185,8 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if cluster:
                 cluster.close()
         finish(outcome, args.figures or args.output_dir / "figures", args.sweep and args.sweep[0])
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"run_experiments.sh: error: {error}", file=sys.stderr)
+        silence()
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from engine.experiment import EPOCHS
 from engine.interrupts import ending_with_parent
 from engine.record import read_summary, scores_in_words
+from engine.same import plain
 from gradproj.errors import InputError
 from report import tables
 from report.runs import position_of
@@ -35,7 +36,7 @@ class Job(NamedTuple):
     command: tuple[str, ...]
     log: Path
     folder: Path
-    hyperparameters: dict[str, Any]  # that decide its numbers
+    hyperparameters: dict[str, Any]  # that a run in its folder must have had, to be this one
     n_epochs: int  # of a task, at most
 
 
@@ -72,10 +73,13 @@ class Outcome:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether the job's folder holds the summary of this very run, with nothing left to do."""
+    """Whether the job's folder holds the summary of this very run, with nothing left to do. Where that is not certain,
+    as with images from another folder, the script itself has to look."""
     summary = read_summary(job.folder)
-    wanted = json.loads(json.dumps(job.hyperparameters))
-    return summary is not None and all(summary["hyperparameters"].get(name) == value for name, value in wanted.items())
+    if summary is None or "--no_resume" in job.command:
+        return False
+    wanted = plain(job.hyperparameters)
+    return all(summary["hyperparameters"].get(name) == value for name, value in wanted.items())
 
 
 def run_jobs(jobs: Sequence[Job], n_at_once: int, threads: int, cluster: Cluster | None = None) -> Outcome:

@@ -198,14 +198,13 @@ def make_job(name: str, benchmark: str, flags: Sequence[str], output_dir: Path) 
     script = f"main_{benchmark}.py"
     options, method = cli.parse(script_options(benchmark), METHODS, flags, None, prog=script)
     command = (sys.executable, "-u", str(ROOT / script), *flags)
-    digest = hashlib.sha256(shlex.join(flags).encode()).hexdigest()[
-        :8
-    ]  # a log is named by all that decides the command
+    # A log is named by all that decides the command.
+    digest = hashlib.sha256(shlex.join(flags).encode()).hexdigest()[:8]
     return Job(
         name=name,
         command=command,
         log=output_dir / "logs" / f"{name.replace(' ', '-')}-{digest}.log",
         folder=run_folder(options, method, benchmark, options.data),
-        hyperparameters=results_options(options, method),
+        hyperparameters=results_options(options, method) | {"data_dir": options.data_dir},
         n_epochs=options.n_epochs,
     )

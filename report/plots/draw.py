@@ -47,16 +47,17 @@ def draw_pictures(rows: Sequence[Row], save: Save, against: str | None = None) -
     Raises:
         InputError: no two rows differ in `against` alone.
     """
-    for members in comparisons(rows):
-        draw_comparison(members, save)
+    sweeps: list[list[Row]] = []
     if against:
         apart = summarise([run for row in rows for run in row.runs], join_orders=False)  # perhaps t_order is swept
         groups = _grouped(apart, lambda row: (row.benchmark, row.data, row.method, without(row.variant, [against])))
         sweeps = [members for members in groups if len({str(_value(row, against)) for row in members}) > 1]
         if not sweeps:
             raise InputError(f"no two of these runs differ in {against} alone, so nothing can be drawn over it")
-        for members in sweeps:
-            draw_sweep(members, against, save)
+    for members in comparisons(rows):
+        draw_comparison(members, save)
+    for members in sweeps:
+        draw_sweep(members, against, save)
 
 
 def comparisons(rows: Sequence[Row]) -> list[list[Row]]:

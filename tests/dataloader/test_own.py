@@ -207,10 +207,86 @@ def test_an_image_that_is_none(pictures):
     (pictures / "train" / "b" / "2.png").write_bytes(b"not an image")
     train, _ = own.image_folder(pictures, transforms.ToTensor())
     with pytest.raises(
-        InputError, match=r"^cannot read .*train/b/2\.png: it is damaged, or no image; replace it"
+        InputError,
+        match=r"^cannot read .*train/b/2\.png \(cannot identify image file .*\); replace it or take it away$",
     ) as caught:
         own.by_class(train, [["b"]])[0]
     assert "\n" not in str(caught.value)
+
+
+def gradient(dtype, largest):
+    """4 x 4 pixels from nothing to a largest value."""
+    return np.linspace(0, largest, 16).reshape(4, 4).astype(dtype)
+
+
+def test_sixteen_bits_are_brought_to_eight(tmp_path):
+    Image.fromarray(gradient(np.uint16, 65535)).save(tmp_path / "deep.png")
+    Image.fromarray(gradient(np.uint8, 255)).save(tmp_path / "plain.png")
+    deep, plain = (np.asarray(own.read_image(tmp_path / name)).astype(int) for name in ("deep.png", "plain.png"))
+    assert deep.shape == plain.shape == (4, 4, 3)
+    assert abs(deep - plain).max() <= 1 and deep.max() == 255 and deep.min() == 0
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    ink = np.zeros((4, 4, 4), np.uint8)
+    ink[:2, :, 3] = 255  # black above, nothing below
+    image = Image.fromarray(ink)
+    if mode == "P":
+        image = Image.fromarray((ink[..., 3] > 0).astype(np.uint8), "L").convert("P")
+        image.putpalette([0, 0, 0] * 256)
+        image.info["transparency"] = 0
+    (image if mode == "P" else image.convert(mode)).save(tmp_path / "ink.png")
+    found = np.asarray(own.read_image(tmp_path / "ink.png"))
+    assert found.shape == (4, 4, 3) and (found[:2] == 0).all() and (found[2:] == 255).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_an_unknown_range_are_refused(tmp_path, dtype):
+    Image.fromarray(gradient(dtype, 60000)).save(tmp_path / "deep.tiff")
+    with pytest.raises(own.UnreadableImage, match=r"deep.tiff has 32-bit pixels, whose range nobody knows"):
+        own.read_image(tmp_path / "deep.tiff")
+
+
+def test_an_image_that_is_too_large_is_named(tmp_path, monkeypatch):
+    Image.new("L", (9, 9)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(own.UnreadableImage, match=r"^cannot read .*large.png \(Image size .81 pixels. exceeds limit"):
+        own.read_image(tmp_path / "large.png")
+
+
+def test_files_of_other_kinds_are_counted_and_left_out(pictures):
+    Image.new("L", (4, 4)).save(pictures / "train" / "a" / "more.gif")
+    for name in ("notes.txt", "more.txt", "movie", ".hidden"):
+        (pictures / "train" / "a" / name).write_text("x")
+    message = r"train: files that are no images by their suffix are left out \(2 of .txt, 1 of no suffix\)$"
+    with pytest.warns(UserWarning, match=message):
+        train, _ = own.image_folder(pictures, transforms.ToTensor())
+    assert sum(path.endswith(".gif") for path, _ in train.samples) == 1
+
+
+@pytest.mark.parametrize("n_labels", [20, 61])
+def test_one_label_for_each_image(n_labels):
+    labels = torch.arange(n_labels) % 6
+    message = f"^tuple has 60 images and {n_labels} labels; there must be one label for each image$"
+    with pytest.raises(InputError, match=message):
+        own.task("t", (IMAGES, labels), (IMAGES, LABELS))
+    with pytest.raises(InputError, match=message):
+        own.by_class((IMAGES, labels), [[0, 1]])
+
+
+@pytest.mark.parametrize("labels", [LABELS + 0.5, [float(x) for x in LABELS]], ids=["tensor", "list"])
+def test_labels_that_are_no_whole_numbers(labels):
+    with pytest.raises(InputError, match=r"^the labels are float\d+ \(60,\); they must be one whole number an image$"):
+        own.by_class((IMAGES, labels), [[0, 1]])
+    with pytest.raises(InputError, match="they must be one whole number an image"):
+        own.task("t", (IMAGES, LABELS), (IMAGES, LABELS), classes=[0.0, 1.0, 2.5])
+
+
+def test_sizes_are_known_before_tasks_are_built():
+    tasks = own.by_class((IMAGES, LABELS), [[4, 1], [0]], pc_valid=0.1)
+    for task, sizes in zip(tasks, tasks.sizes, strict=True):
+        assert sizes == {part: len(getattr(task, part).labels) for part in ("train", "valid", "test")}
 
 
 def test_folders_without_images_are_no_classes(pictures):

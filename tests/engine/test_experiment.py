@@ -216,7 +216,7 @@ with filelock.FileLock({str(folder / ".lock")!r}):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write to .*choose another --output_dir"):
+    with pytest.raises(InputError, match="cannot write to .*choose another folder"):
         run(tiny.options(tmp_path / "file"), tiny.benchmark(), tiny.Network())
 
 

@@ -325,7 +325,7 @@ class TestFullDisk:
 class TestReadOnly:
     def test_below_a_file(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(InputError, match="cannot write to .*file/run: Not a directory.*output_dir"):
+        with pytest.raises(InputError, match="cannot write to .*file/run: Not a directory; choose another folder"):
             small_run(tmp_path / "file" / "run")
         COUNTS["full or read-only disks"] += 1
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,13 +112,45 @@ class TestClash:
         (tmp_path / NEWEST).write_bytes(b"somebody's weights")
         (tmp_path / ".notes.tmp").write_text("mine")
         (tmp_path / ".summary.json.abc.tmp").write_text("half of a summary")
-        with pytest.raises(InputError, match="holds a checkpoint.pt of another program; choose another folder"):
+        with pytest.raises(InputError, match="holds checkpoint.pt of another program; choose another folder"):
             small_run(tmp_path)
         assert (tmp_path / NEWEST).read_bytes() == b"somebody's weights"
         (tmp_path / NEWEST).unlink()
         small_run(tmp_path)
         assert (tmp_path / ".notes.tmp").read_text() == "mine"
         assert not (tmp_path / ".summary.json.abc.tmp").exists()
+
+    @pytest.mark.parametrize("name", ["config.json", "epochs.jsonl", "summary.json", "accuracy.png"])
+    def test_other_files_of_another_program(self, tmp_path, name):
+        """Neither overwritten nor deleted, whatever the flags."""
+        (tmp_path / name).write_text('{"mine": true}')
+        (tmp_path / "weights-best.pt").write_text("mine")
+        for no_resume in (False, True):
+            with pytest.raises(InputError, match=f"holds {name} of another program; choose another folder"):
+                small_run(tmp_path, no_resume=no_resume)
+        assert (tmp_path / name).read_text() == '{"mine": true}'
+        (tmp_path / name).unlink()
+        small_run(tmp_path)
+        small_run(tmp_path, no_resume=True)
+        assert (tmp_path / "weights-best.pt").read_text() == "mine"
+
+    def test_a_checkpoint_that_the_system_does_not_let_be_read(self, tmp_path, monkeypatch):
+        small_run(tmp_path)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"}
+        read = Path.read_bytes
+
+        def closed(path):
+            if path.name == NEWEST:
+                raise PermissionError(13, "Permission denied")
+            return read(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", closed)
+            with pytest.raises(
+                InputError, match="^cannot read .*checkpoint.pt: Permission denied; nothing was changed$"
+            ):
+                small_run(tmp_path)
+        assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"}
 
     @pytest.mark.parametrize("name", ["output_dir", "run_folder", "data_dir"])
     def test_no_folder(self, tmp_path, monkeypatch, name):
@@ -209,7 +242,7 @@ class TestLoadRun:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (None, "config.json is not the config.json of a run: FileNotFound"),
+            (None, "is no run's folder: it has no config.json"),
             (b"", "config.json is not the config.json of a run: JSONDecodeError"),
             (b"\xff\xfe", "config.json is not the config.json of a run: UnicodeDecodeError"),
             (b"[]", "config.json is not the config.json of a run: TypeError"),

@@ -8,6 +8,7 @@ import torch
 
 from engine.run_tasks import RunTasks
 from engine.task import Benchmark, HeldOut, LazyTasks, Split, Task
+from gradproj.errors import InputError
 from methods import METHODS
 from tests import tiny
 from tests.tiny import run
@@ -104,3 +105,14 @@ def test_the_same_numbers_lazily(tmp_path, monkeypatch):
         lazy = run(tiny.options(tmp_path / "lazy", method=method), tasks, tiny.Network())
         for name in ("accuracy", "valid_accuracy", "class_incremental", "interference", "tasks"):
             assert lazy[name] == whole[name], name
+
+
+def test_a_single_image_in_a_later_task_is_refused_before_the_first_one_trains(tmp_path):
+    """Where BatchNorm cannot take it, and the tasks tell their sizes without being built."""
+    built = []
+    sizes = [{"train": 30, "valid": 9, "test": 40}, {"train": 30, "valid": 1, "test": 40}]
+    tasks = LazyTasks(2, lambda t: built.append(t) or tiny.task(t), sizes=sizes)
+    with pytest.raises(InputError, match="^task 2 has 1 validation image; it must be 2 or more .a larger pc_valid"):
+        run(tiny.options(tmp_path, n_tasks=2), Benchmark("tiny", "embedded", tasks), tiny.Network(2))
+    assert built == [0] and not list(tmp_path.rglob("*.json"))
+    run(tiny.options(tmp_path, n_tasks=1), Benchmark("tiny", "embedded", tasks), tiny.Network(2))

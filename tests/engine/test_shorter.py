@@ -133,7 +133,9 @@ def test_in_a_folder_that_was_given_it_says_how(tmp_path):
     run(tiny.options(tmp_path, n_tasks=2, run_folder=folder), tiny.benchmark(), tiny.Network())
     with pytest.raises(InputError, match=r"\(n_tasks 2 there, 3 here\); leave --run_folder out: a run with more tasks"):
         run(tiny.options(tmp_path, run_folder=folder), tiny.benchmark(), tiny.Network())
-    with pytest.raises(InputError, match=r"\(n_tasks 2 there, 1 here\); choose another$"):
+    with pytest.raises(
+        InputError, match=r"\(n_tasks 2 there, 1 here\); give another folder, or start afresh with --no_resume$"
+    ):
         run(tiny.options(tmp_path, n_tasks=1, run_folder=folder), tiny.benchmark(), tiny.Network())
 
 

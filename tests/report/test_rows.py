@@ -7,6 +7,7 @@ import io
 
 import pytest
 
+from report import __main__ as report
 from report import rows as comparison
 from report import tables
 from report.published import PUBLISHED, Estimate, reproduced
@@ -181,3 +182,34 @@ def test_an_old_files_flags_of_other_methods_part_no_row(tmp_path):
         write(tmp_path / str(seed), seed=seed, hyperparameters={"ewc_lambda": value})
     (row,) = rows_of(tmp_path)
     assert row.variant == "default"
+
+
+def test_a_mean_over_other_tasks_or_networks_is_noted(tmp_path):
+    """Of one's own benchmarks; of the published ones the hyperparameters tell."""
+    tasks = [[{"name": "a", "classes": ["x"]}, {"name": "b", "classes": [name]}] for name in "yz"]
+    for benchmark in ("mine", "cifar100"):
+        for seed in (1, 2):
+            changes = {"tasks": tasks[seed - 1], "network": {"class": "N", "fingerprint": str(seed)}}
+            write(tmp_path / benchmark / str(seed), benchmark=benchmark, seed=seed, **changes)
+    told = {row.benchmark: " ".join(row.notes) for row in rows_of(tmp_path)}
+    assert (
+        "are of different tasks: their mean says little" in told["mine"] and "different tasks" not in told["cifar100"]
+    )
+    assert all("are of different networks" in text for text in told.values())
+
+
+def test_folders_that_may_not_be_entered_are_listed(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "a" / "seed-1")
+
+    def walk(folder, onerror):
+        onerror(PermissionError(13, "Permission denied", str(tmp_path / "b")))
+        yield str(tmp_path / "a" / "seed-1"), [], ["summary.json"]
+
+    monkeypatch.setattr("report.runs.os.walk", walk)
+    assert report.main([str(tmp_path)]) == 1
+    assert f"missing: {tmp_path / 'b'}" in (text := capsys.readouterr().out) and "Permission denied" in text
+
+
+def test_rows_of_ones_own_benchmarks_have_no_command(tmp_path):
+    write(tmp_path / "a", benchmark="mine")
+    assert tables.command(rows_of(tmp_path)[0]) == "–"

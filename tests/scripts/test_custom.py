@@ -87,7 +87,7 @@ def test_other_images_in_the_same_folder(pictures):
         (["--std", "0", "1", "1"], "std is 0.0; it must be positive"),
         (["--n_tasks", "2"], "n_tasks is 2, but animals has 1 tasks"),
         (["--threshold", "0.9", "--threshold_step", "-1"], None),
-        (["--name", "../out"], "names a folder, so it must be a plain name"),
+        (["--name", "../out"], "names a folder, so it must have letters and none of"),
     ],
 )
 def test_what_is_refused_leaves_nothing(pictures, arguments, message):

@@ -354,7 +354,7 @@ def test_output_folder_that_cannot_be_written(name, refused, data_dir, tmp_path)
     tiny = [*TINY, *SCRIPTS[name][1], "--data_dir", data_dir, "--output_dir", tmp_path / "file"]
     error = refused(name, *tiny)
     assert f"cannot write to {tmp_path / 'file'}" in error
-    assert "choose another --output_dir" in error
+    assert "choose another folder" in error
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,21 @@ def test_a_finished_run_of_other_hyperparameters_is_not_taken_for_the_one_asked_
     assert (tmp_path / "once/began").exists()  # its own script is asked, which refuses or begins anew
 
 
+@pytest.mark.parametrize("changed", [{"data_dir": "elsewhere"}, {}])
+def test_a_finished_run_is_looked_at_again_where_its_images_may_be_others(tmp_path, changed):
+    job = fake_job(tmp_path, "a")
+    jobs.run_jobs([job], 1, 1)
+    assert jobs.is_finished(job)
+    other = job._replace(hyperparameters=job.hyperparameters | changed)
+    assert jobs.is_finished(other) is not bool(changed)
+    assert not jobs.is_finished(job._replace(command=(*job.command, "--no_resume")))
+
+
+def test_jobs_know_where_their_images_are():
+    (job, *_) = plan.make_jobs(sweep.wanted(*sweep.parse(["paper", "--only", "pmnist", "--data_dir", "mine"])))
+    assert job.hyperparameters["data_dir"] == "mine"
+
+
 def test_a_methods_flag_goes_to_that_method_alone(capsys):
     found = commands("paper", "--only", "pmnist", "--methods", "gpm", "ewc", "--ewc_lambda", "3", "--threshold", "0.9")
     assert [("--ewc_lambda" in command, "--threshold" in command) for command in found] == [
