@@ -161,7 +161,10 @@ def by_class(
     if not groups or not all(groups):
         raise InputError("a task has no classes; give each at least one")
     if twice := {name for name in chosen if chosen.count(name) > 1}:
-        raise InputError(f"class {sorted(map(str, twice))[0]} is named twice; each belongs to one task")
+        which = sorted(map(str, twice))[0]
+        raise InputError(
+            f"class {which} is named twice; each belongs to one task (a line without commas is cut at blanks)"
+        )
     train_rows = rows_of_classes(train, chosen, keys)
     if test is None:
         held_out = {c: _test_rows(len(rows), c, pc_test, seed) for c, rows in train_rows.items()}

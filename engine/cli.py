@@ -219,6 +219,8 @@ def read_config(path: Path, options: type[Options], methods: Methods, parser: Pa
         value, default = values[name], default_of(field)
         if value is None and default is None:
             continue
+        if value is None:
+            raise InputError(f"{path}: {name} is null; it must be a value such as {default!r}")
         if value == {} and isinstance(default, dict):  # no flag says so
             empty[name] = value
         elif isinstance(default, bool) and isinstance(value, bool):

@@ -54,7 +54,7 @@ def make_parser() -> Parser:
     add(
         "--table",
         choices=tuple(TABLES),
-        help="with paper: all methods of a table of the paper, or GPM and the methods that came after it; seeds 1-5",
+        help="with paper: all methods of the paper's Table 1 or 2, or GPM and those that came after it; seeds 1-5",
     )
     add(
         "--jobs",
