@@ -179,7 +179,7 @@ class Layer:
             columns = self.weight_columns(block, arguments)
             if not self.trained[0]:
                 columns = [c[:0] for c in columns]
-            yield [torch.cat([c, c.new_ones(1, c.shape[1])]) if self.trained[1] else c for c in columns]
+            yield [with_constant(c) if self.trained[1] else c for c in columns]
 
     def block_length(self, inputs: Tensor) -> int:
         """How many samples of an input make one block: a patch repeats its pixels up to kernel-size times."""
@@ -221,9 +221,10 @@ class Layer:
         part = self.rows_by_key(weight, bias)[key].double()  # (o / groups, d)
         return (part @ basis.to(part)).norm(), part.norm()
 
-    def apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer's own forward with other parameters."""
-        raise NotImplementedError
+
+def with_constant(columns: Tensor) -> Tensor:
+    """Columns (d, n) with the constant 1 that a bias sees, (d + 1, n)."""
+    return torch.cat([columns, columns.new_ones(1, columns.shape[1])])
 
 
 class RowsLayer(Layer):
@@ -242,4 +243,5 @@ class RowsLayer(Layer):
         return [self.apply(inputs, weight, bias) for inputs in self.inputs(function, arguments)]
 
     def apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's own forward with other parameters."""
         return F.linear(inputs, weight, bias)

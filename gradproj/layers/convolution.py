@@ -61,9 +61,6 @@ class ConvolutionLayer(Layer):
     def position_axes(self, inputs: Tensor) -> int:
         return 1
 
-    def apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self.module._conv_forward(inputs, weight, bias)
-
 
 class TransposedConvolutionLayer(ConvolutionLayer):
     """A transposed convolution is a plain one, of the turned kernel, over the input with zeros between its entries.
@@ -111,11 +108,6 @@ class TransposedConvolutionLayer(ConvolutionLayer):
     def positions(self, inputs: Tensor) -> int:
         stride = _each(self.module.stride, self.axes)
         return super().positions(inputs) * math.prod(stride)
-
-    def apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        _, settings = self.module_call(inputs)
-        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.axes - 1]
-        return function(inputs, weight, bias, **settings)
 
 
 def pad(images: Tensor, padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> Tensor:

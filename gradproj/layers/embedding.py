@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradproj.layers.base import Call, Layer
+from gradproj.layers.base import Call, Layer, with_constant
 from gradproj.layers.linear import LinearLayer
 
 ARGUMENTS = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
@@ -65,9 +65,6 @@ class EmbeddingLayer(Layer):
         assert weight is not None  # an embedding's only parameter
         return weight[basis.to(weight.device)].norm(), weight.norm()
 
-    def apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.embedding(inputs, weight)
-
 
 class TiedEmbeddingLayer(EmbeddingLayer):
     """An embedding whose table W (rows, d) is also the weight of a Linear, as GPT-2's output head.
@@ -120,9 +117,7 @@ class TiedEmbeddingLayer(EmbeddingLayer):
             yield from super().seen(inputs, function, arguments)
             return
         columns = inputs.reshape(-1, inputs.shape[-1]).T
-        yield {
-            self.head_name: torch.cat([columns, columns.new_ones(1, columns.shape[1])]) if self.trained[1] else columns
-        }
+        yield {self.head_name: with_constant(columns) if self.trained[1] else columns}
 
     def inside(self, key: str, basis: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         if key == self.name:

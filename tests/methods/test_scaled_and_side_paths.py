@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -53,6 +54,11 @@ def test_calls_of_few_rows_are_single_ones():
     assert len(calls) == 1
 
 
+def with_parameters(module, x, weight, bias):
+    """A layer's output with other parameters."""
+    return functional_call(module, {"weight": weight} | ({} if bias is None else {"bias": bias}), x)
+
+
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
@@ -78,7 +84,7 @@ def test_side_paths_are_dense_weights_whose_gradients_are_projected(module, shap
         dense.append(W + W @ B @ D @ B.T + W @ C @ E @ C.T)
         shifts += [D, E]
     x = torch.randn(shape).double().requires_grad_()
-    expected = layer.apply(x, *layer.from_rows(torch.cat(dense)))
+    expected = with_parameters(module, x, *layer.from_rows(torch.cat(dense)))
     loss = lambda output: (output * torch.linspace(-1, 1, output.numel()).view_as(output).double()).sum()  # noqa: E731
     wanted = torch.autograd.grad(loss(expected), [x, *shifts, *leaves])
     with side_paths({"": layer}, paths), projecting({"": layer_projector(layer, bases)}):
@@ -89,7 +95,7 @@ def test_side_paths_are_dense_weights_whose_gradients_are_projected(module, shap
     projected = [G - G @ M @ M.T for G, M in zip(wanted[-len(leaves) :], bases.values(), strict=True)]
     gradients = [*found[-len(parameters) :], *[None] * (module.bias is None)]
     assert_close(layer.rows(*gradients), torch.cat(projected))
-    assert_close(module(x), layer.apply(x, *layer.parameters))
+    assert_close(module(x), with_parameters(module, x, module.weight, module.bias))
     seen = []
     with side_paths({"": layer}, paths), Uses([layer], lambda *call: seen.append(call[2]["input"])), torch.no_grad():
         assert_close(module(input=x) if by_keyword else module(x), expected)
