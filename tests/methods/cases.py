@@ -247,7 +247,8 @@ class MethodCase:
         train(continued, 2, task)
         for other in (continued, resumed):
             assert_close(other.weights(), fast.weights(), atol=0, rtol=0)
-            assert_close(through_a_file(other.state_dict()), through_a_file(fast.state_dict()), atol=0, rtol=0)
+            states = [comparable(through_a_file(learner.state_dict())) for learner in (other, fast)]
+            assert_close(*states, atol=0, rtol=0)
             assert other.memory_floats() == fast.memory_floats()
 
     def test_the_state_of_another_version_is_refused(self, kind: Kind) -> None:
@@ -282,6 +283,15 @@ def steps(learner: Method, t: int, task: Task, optimizer: torch.optim.Optimizer,
         learner.backward(*task.train, t)
         optimizer.step()
         learner.after_step(t)
+
+
+def comparable(state: Any) -> Any:
+    """A state with numbers in the place of texts, which assert_close does not compare."""
+    if isinstance(state, dict):
+        return {name: comparable(part) for name, part in state.items()}
+    if isinstance(state, list):
+        return list(map(comparable, state))
+    return list(state.encode()) if isinstance(state, str) else state
 
 
 def through_a_file(value: Any) -> Any:
