@@ -314,7 +314,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(eight).convert("RGB")
     if image.mode in ("I", "F"):
         raise UnreadableImage("has 32-bit pixels, whose range nobody knows; save it with 8 or 16 bits")
-    if "A" in image.mode.upper() or "transparency" in image.info:
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
