@@ -101,7 +101,7 @@ def of_summary(folder: Path, summary: State, hyperparameters: Collection[str]) -
         state |= {"tasks": summary["tasks"], "network_digest": summary["network"]["fingerprint"]}
         with suppress(OSError, ValueError, KeyError, TypeError):
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            state |= {"network": config["network"], "method_class": config["method"]}
+            state |= {"network": config["network"], "method_class": config.get("method", "")}
     return state
 
 
