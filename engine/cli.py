@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 from engine import hardware
 from engine.contract import check_class, check_flags_agree, check_script
 from engine.distributed import is_first_to_say, joined
+from engine.files import refusal
 from engine.interrupts import Stopped, stoppable
 from engine.method import Method
 from engine.options import Options, check, default_of, defaults, is_read, told, with_flags
@@ -273,7 +274,7 @@ def script(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
         sys.exit(error.exit_code)
     except OSError as error:  # of a path that may not be entered, say, or a pipe that nobody reads any more
         with suppress(OSError):
-            say(f"error: {error}")
+            say(f"error: {refusal(error)}")
         silence()
         sys.exit(InputError.exit_code)
     except (MemoryError, RuntimeError) as error:

@@ -35,3 +35,8 @@ def _as_json(value: Any, indent: str = "") -> str:
     if isinstance(value, (list, tuple)) and any(isinstance(part, (dict, list, tuple)) for part in value):
         return "[\n" + ",\n".join(inner + _as_json(part, inner) for part in value) + f"\n{indent}]"
     return json.dumps(value)
+
+
+def refusal(error: OSError) -> str:
+    """What the system refused, and of which file, in words."""
+    return f"{error.filename}: {error.strerror}; give another place" if error.filename else f"cannot write: {error}"

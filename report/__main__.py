@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.cli import Parser, silence
-from engine.files import write_json
+from engine.files import refusal, write_json
 from engine.progress import tolerate_consoles
 from gradproj.errors import InputError
 from report.pages import PAGES, update_page
@@ -96,8 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         statuses = {problem.status for problem in problems}
         if "missing" in statuses or ("damaged" in statuses and not runs):
             return 1
-    except (InputError, OSError) as error:
+    except InputError as error:
         print(f"report: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"report: error: {refusal(error)}", file=sys.stderr)
         silence()
         return 2
     return 0

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.cli import Parser, silence
+from engine.files import refusal
 from engine.progress import tolerate_consoles
 from gradproj.errors import InputError
 from methods import METHODS
@@ -185,8 +186,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if cluster:
                 cluster.close()
         finish(outcome, args.figures or args.output_dir / "figures", args.sweep and args.sweep[0])
-    except (InputError, OSError) as error:
+    except InputError as error:
         print(f"run_experiments.sh: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"run_experiments.sh: error: {refusal(error)}", file=sys.stderr)
         silence()
         return 2
     except KeyboardInterrupt:

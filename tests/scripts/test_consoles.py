@@ -2,12 +2,17 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from engine.interrupts import Stopped, stoppable
+from report import __main__ as report
+from sweep import __main__ as sweep
 from tests import ROOT
 
 pytestmark = pytest.mark.slow
@@ -119,3 +124,36 @@ def test_paths_are_taken_from_where_the_user_stands(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "images" / "mnist_embedded").is_dir() or list((tmp_path / "images").iterdir())
     assert list((tmp_path / "out").rglob("summary.json"))
+
+
+def test_a_pipe_that_nobody_reads_does_not_end_a_run(tmp_path):
+    """The run is finished all the same, and says nothing of it."""
+    flags = "--data embedded --n_tasks 2 --n_train 20 --n_epochs 1 --lr 0.05 --device cpu"
+    for i, to in enumerate(("| head -1", "> /dev/full")):
+        command = f"{sys.executable} main_pmnist.py {flags} --output_dir {tmp_path / str(i)} {to}"
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+        assert done.stderr == ""
+        assert len(list((tmp_path / str(i)).rglob("summary.json"))) == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals that hang up")
+@pytest.mark.parametrize("ignored", [False, True], ids=["plain", "nohup"])
+def test_a_terminal_that_hangs_up(ignored):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with nullcontext() if ignored else pytest.raises(Stopped), stoppable():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("main", [report.main, sweep.main])
+def test_what_the_system_refuses_is_one_line(main, monkeypatch, capsys):
+    def closed(*_, **__):
+        raise PermissionError(13, "Permission denied", "/closed")
+
+    monkeypatch.setattr("report.__main__.find_runs", closed)
+    monkeypatch.setattr("sweep.__main__.make_jobs", closed)
+    assert main(["runs"] if main is report.main else []) == 2
+    assert capsys.readouterr().err.endswith("error: /closed: Permission denied; give another place\n")
