@@ -53,6 +53,17 @@ def test_one_warning_does_not_hide_another():
         assert sum(f"of the movement of {layer} is in remembered directions" in text for text in said) == 1
 
 
+def test_steps_since_the_last_update_are_counted():
+    """Rounding explains more of a movement after more of them."""
+    model = mlp()
+    memory = remembering(model)
+    before = memory.verify(model, OLD).explained
+    train(model, memory, steps=300)
+    assert memory.verify(model, OLD).explained > 3 * before
+    memory.update(model, [NEW], threshold=0.9)
+    assert memory.verify(model, OLD).explained < 2 * before
+
+
 def test_a_later_task_is_watched_again():
     model = mlp()
     memory = GradientProjectionMemory(model)
