@@ -233,7 +233,8 @@ def labels_of(data: Data, keys: tuple[str, str]) -> np.ndarray:
 def _whole(labels: Any) -> np.ndarray:
     """Labels as (n,) int64; raises InputError where that would change them."""
     given = np.asarray(labels)
-    if given.ndim != 1 or given.dtype.kind not in "iub":
+    whole = given.dtype.kind in "iub" or (given.dtype.kind == "f" and (given == given.round()).all())
+    if given.ndim != 1 or not whole:
         raise InputError(f"the labels are {given.dtype} {given.shape}; they must be one whole number an image")
     return given.astype(np.int64)
 
@@ -309,7 +310,7 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older Pillows call it I
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         eight = (np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8)
         return Image.fromarray(eight).convert("RGB")
     if image.mode in ("I", "F"):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from engine import hardware
-from engine.contract import check_class, check_flags_agree, check_script
+from engine.contract import check_class, check_defaults, check_flags_agree, check_script
 from engine.distributed import is_first_to_say, joined
 from engine.files import refusal
 from engine.interrupts import Stopped, stoppable
@@ -64,6 +64,7 @@ def parse(
     check_script(options)
     for method_type in methods.values():
         check_class(method_type)
+        check_defaults(method_type, options)
     check_flags_agree(methods)
     parser = make_parser(options, methods, description, prog)
     given = vars(parser.parse_args(argv))

@@ -54,10 +54,23 @@ def check_class(method: Any) -> None:
     some = [name for name, field in fields.items() if told(field)["read_by_some"]]
     if unknown := [name for name in method.reads if name not in some]:
         raise broken(method, f"reads names {', '.join(unknown)}; it may name {', '.join(some)}")
+    if not isinstance(method.defaults, Mapping):
+        raise broken(method, f"defaults is {method.defaults!r}; it must be a dict of values by name")
+
+
+def check_defaults(method: Any, options: type[Options]) -> None:
+    """Raise InputError where a method has a default of what is no hyperparameter of a script.
+
+    Args:
+        method: its class.
+        options: the script's hyperparameters.
+    """
+    known = options.__dataclass_fields__.keys() | Options.__dataclass_fields__.keys() | method.flags.keys()
     for name, value in method.defaults.items():
-        for part in value if isinstance(value, Mapping) else (name,):
-            if part not in fields and part not in method.flags:
-                raise broken(method, f"defaults has {part}, which is no hyperparameter of a run, nor a flag of its own")
+        of_a_benchmark = name not in known and isinstance(value, Mapping)
+        for part in value if of_a_benchmark and name == options.benchmark else [] if of_a_benchmark else [name]:
+            if part not in known:
+                raise broken(method, f"defaults has {part}, which is no hyperparameter here, nor a flag of its own")
 
 
 def _are_names(value: Any) -> bool:
@@ -99,7 +112,7 @@ def check_script(options: type[Options]) -> None:
         return
     if "__dataclass_fields__" not in vars(options):
         raise InputError(f"{options.__qualname__} is no dataclass; write @dataclass(kw_only=True) above it")
-    fields = {field.name for field in dataclasses.fields(Options)} - vars(options).get("__annotations__", {}).keys()
+    fields = {field.name for field in dataclasses.fields(Options)} - inspect.get_annotations(options).keys()
     for name, value in vars(options).items():
         if name in fields:
             typed = f"{name}: {type(value).__name__} = {value!r}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine import state
-from engine.contract import check_class, check_loss, check_network
+from engine.contract import check_class, check_defaults, check_loss, check_network
 from engine.heads import task_modules
 from engine.options import Options, check, complete
 from engine.task import Task
@@ -83,6 +83,7 @@ class Method:
         check_class(type(self))
         check_network(model)
         self.model = model
+        check_defaults(type(self), type(options))
         self.options = complete(options, type(self))
         check(self.options)
         self.refuse(self.options)

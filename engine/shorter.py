@@ -16,6 +16,7 @@ from engine.method import OWN, Method
 from engine.run_tasks import RunTasks
 from engine.same import changed_sets, method_difference, plain
 from engine.task import Benchmark
+from gradproj.errors import InputError
 
 State = dict[str, Any]
 
@@ -38,7 +39,11 @@ def from_shorter(
     """
     notes = []
     for shorter in shorter_runs(method, benchmark):
-        state = load_checkpoint(shorter)
+        try:
+            state = load_checkpoint(shorter)
+        except InputError as error:  # it may not be read
+            notes.append(f"note: the shorter run in {shorter} is not continued: {error}")
+            continue
         if state is None:
             continue
         if reason := why_not(state, wanted, method, tasks):

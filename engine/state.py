@@ -59,7 +59,8 @@ def restored(current: Any, value: Any, device: torch.device) -> Any:
         current.set_state(value.cpu())
         return current
     if isinstance(current, nn.ParameterList):
-        return nn.ParameterList(restored(list(current), value, device))
+        parts = list(value.values()) if isinstance(value, Mapping) else value  # an older version's is a dict
+        return nn.ParameterList(restored(list(current), parts, device))
     if isinstance(current, nn.ParameterDict):
         return nn.ParameterDict(restored(dict(current), value, device))
     if hasattr(current, "load_state_dict"):
@@ -70,7 +71,7 @@ def restored(current: Any, value: Any, device: torch.device) -> Any:
         parts = {name: part for name, part in (value or {}).items() if name in names}
         return type(current)(**{name: restored(before[name], part, device) for name, part in parts.items()})
     if isinstance(value, nn.Parameter):
-        if isinstance(current, nn.Parameter) and current.shape == value.shape:
+        if isinstance(current, nn.Parameter) and (current.shape, current.device) == (value.shape, device):
             current.copy_(value)
             return current
         return nn.Parameter(value.detach().to(device), value.requires_grad)
@@ -104,8 +105,8 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def parameters(value: Any) -> list[nn.Parameter]:
-    """The parameters among them that are not frozen: what training may move."""
-    return [tensor for tensor in tensors(value) if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
+    """The parameters among them: what training may move."""
+    return [tensor for tensor in tensors(value) if isinstance(tensor, nn.Parameter)]
 
 
 def count(value: Any) -> int:

@@ -116,10 +116,10 @@ class Usage:
             if len(asked) < self.method.options.n_tasks:
                 return ""
             return f"no task trains {name}, since none uses it; freeze it (requires_grad_(False)) or take it out"
-        if len(owners) > 1:
+        if len(owners) > 1 and not self.method.joint:
             return (
-                f"{name} belongs to {in_words(owners)}; what several tasks share must be no task's own, so that it is "
-                "protected like all that they share"
+                f"{name} belongs to {in_words(owners)}, so that the later ones would change it unprotected; leave what "
+                "all tasks share out of the heads, and give others a head for each task"
             )
         if owners & asked and not owners & users:
             return f"{name} is said to belong to {in_words(owners & asked)}, which does not use it: {HOW_TO_SAY}"

@@ -116,8 +116,10 @@ def masks(mask: Mask | None, batch: Any) -> Tensor | None:
         return None
     if not isinstance(found, Tensor) or found.ndim not in (1, 2):
         raise InputError("mask must give a tensor of shape (batch,) or (batch, positions)")
-    if isinstance(batch, Tensor) and len(found) != len(batch):
-        raise InputError(f"mask is {tuple(found.shape)}, but the batch has {len(batch)} samples; give each a value")
+    if isinstance(batch, Tensor) and len(batch) not in (*found.shape, found.numel()):
+        raise InputError(
+            f"mask is {tuple(found.shape)}, but the batch is {tuple(batch.shape)}; give each sample a value"
+        )
     return found.bool()
 
 

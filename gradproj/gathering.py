@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -61,12 +61,14 @@ def passes(
     samples: Mapping[str, int] | None,
     mask: Mask | None,
     max_memory: int,
+    unit: Collection[str] = (),
 ) -> Iterator[tuple[dict[str, Layer], Iterable[Any]]]:
     """Which layers to gather in each pass over the batches, so that their matrices fit, and the batches.
 
     Args:
         layers: by name.
         model, forward, batches, samples, mask, max_memory: as in `GradientProjectionMemory.update`.
+        unit: as for the Gatherer.
     Raises:
         InputError: the batches can run only once and would have to run more often.
     """
@@ -75,7 +77,7 @@ def passes(
     if sum(need.values()) <= max_memory:
         yield dict(layers), batches
         return
-    gatherer = Gatherer(layers, samples, count_only=True)
+    gatherer = Gatherer(layers, samples, count_only=True, unit=unit)
     with all_or_none(), in_eval_mode(model):
         first = next(iter(batches), None)
         if first is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -93,8 +94,8 @@ class GradientProjectionMemory:
         self._modules = {name: layer.module for name, layer in self.layers.items()}
         self._protection: Protection | None = None  # while `protect` is open
         self._open: ExitStack | None = None  # what `start` opened
-        self._watcher = Watcher(self)
-        self._watcher.say_what_can_forget()
+        self._watcher = Watcher()
+        self._watcher.say_what_can_forget(self)
 
     def __repr__(self) -> str:
         return table(self)
@@ -184,7 +185,7 @@ class GradientProjectionMemory:
         whole = [name for name, epsilon in thresholds.items() if epsilon == 1 and max_columns is None]
         fast = not self.exact and max(thresholds.values()) <= FAST_THRESHOLD
         bases: dict[str, Tensor] = {}
-        for layers, again in passes(self.layers, self.model, forward, batches, samples, mask, max_memory):
+        for layers, again in passes(self.layers, self.model, forward, batches, samples, mask, max_memory, whole):
             gatherer = Gatherer(layers, samples, rows, fast, unit=whole)
             gathered = self._gathered(forward, again, samples, mask, gatherer)
             bases |= self._grown(gathered, thresholds, fast, max_columns)
@@ -200,7 +201,8 @@ class GradientProjectionMemory:
     ) -> dict[str, Representation | SeenRows]:
         """What the protected layers see, by key: the first half of `update`, with its arguments and errors.
 
-        With `keep_columns` all columns are held as they are, however many.
+        With `keep_columns` all columns are held as they are, however many. Other than by `update` with ε = 1, columns
+        that are 1e7 times shorter than others count as rounding of these.
         """
         return self._gathered(
             forward, as_batches(batches), samples, mask, Gatherer(self.layers, samples, keep_columns=keep_columns)
@@ -255,7 +257,7 @@ class GradientProjectionMemory:
         before = set(self.full_layers)
         self.bases = {key: bases[key] for key in self.bases}
         self.n_updates += 1
-        self._watcher.remember()
+        self._watcher.remember(self)
         if new := [key or "the model" for key in self.full_layers if key not in before]:
             whole = len(self.full_layers) == len(self.bases)
             which = "every layer is" if whole else f"{', '.join(new)} {'are' if len(new) > 1 else 'is'}"
@@ -293,23 +295,23 @@ class GradientProjectionMemory:
         projectors = {name: make(layer) for name, layer in self.layers.items()}
         with ExitStack() as stack:
             if self.n_updates and self._watcher.snapshot is None:  # the memory was loaded
-                self._watcher.remember()
+                self._watcher.remember(self)
             if self.n_updates:
                 frozen_ones = [*self._normalization(), *(self._open_parameters() if freeze_unprotected else ())]
                 stack.enter_context(frozen(frozen_ones))
                 if concern := what_rounds(self.layers):
                     self._watcher.say(concern)
             protection = stack.enter_context(projecting(projectors, self._hosts))
-            stack.enter_context(watching(self.model, protection, self._watcher.say_of_the_first_pass))
+            stack.enter_context(watching(self.model, protection, partial(self._watcher.say_of_the_first_pass, self)))
             inner = [] if optimizer is None else trainers(optimizer, self.model)
             leaving = [each for each in inner if leaves_gradients(each, projectors.values())]
             stack.enter_context(self._projecting_updates(leaving, projectors))
             orthogonal = projectors if projector is None else {}
-            stack.enter_context(self._watcher.steps(orthogonal))
+            stack.enter_context(self._watcher.steps(self, orthogonal))
             self._protection = protection
             try:
                 yield projectors
-                self._watcher.say_what_moved(orthogonal)
+                self._watcher.say_what_moved(self, orthogonal)
             finally:
                 self._protection = None
 
@@ -321,7 +323,7 @@ class GradientProjectionMemory:
         """Raise InputError where protected modules are no longer what they were; warn of layers that came since."""
         refuse_sharded(self.model)
         refuse_changed(self, self._modules)
-        self._watcher.say_what_can_forget()
+        self._watcher.say_what_can_forget(self)
 
     def start(self, optimizer: Any | None = None, freeze_unprotected: bool = False) -> None:
         """Open `protect` without a with statement, for loops that others drive by callbacks; `stop` closes it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -122,13 +123,13 @@ class _HostForward:
         plain = self.replaced is None and type(module).forward is nn.Linear.forward and layer.module is module
         whole = all(a is b for a, b in zip(layer.parameters, layer.all_parameters, strict=True))
         self.is_linear = plain and type(layer) is LinearLayer and whole
-        # Compiled models run these layers as written, the rest compiled. Not a decorator: it imports the compiler.
-        self.run = torch.compiler.disable(self._run)
+        self.uncompiled = _uncompiled()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs)
+        """Compiled models run these layers as written, the rest compiled."""
+        return self.uncompiled(self, *args, **kwargs)
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         if not self.protection.is_on or not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
         if self.is_linear and not self.projects[0].is_full and not torch._C._are_functorch_transforms_active():
@@ -137,9 +138,9 @@ class _HostForward:
             if inputs.numel() < weight.numel() and all(p.requires_grad for p in (weight, bias) if p is not None):
                 return _InputSide.apply(inputs, weight, bias, self.projects[0])
         found = [(owner, name, p) for project in self.projects for owner, name, p in _trained(project.layer)]
-        for project in self.projects:
-            self._substitute(project)
         try:
+            for project in self.projects:
+                self._substitute(project)
             output = self.forward(*args, **kwargs)
         finally:
             for owner, name, p in found:
@@ -169,6 +170,12 @@ class _HostForward:
     def __reduce__(self):
         """Copied or pickled with its module, it is what was there before: the class's forward, bound to the copy."""
         return (getattr, (self.module, "forward")) if self.replaced is None else (_itself, (self.replaced,))
+
+
+@functools.cache
+def _uncompiled() -> Callable[..., Any]:
+    """`_HostForward.run`, hidden from the compiler; not by a decorator, which would import that."""
+    return torch.compiler.disable(_HostForward.run)
 
 
 def _itself(thing: Any) -> Any:

@@ -19,8 +19,8 @@ class Representation:
         d: inputs of the layer.
         product_dtype: of the products that R Rᵀ is summed from; in float32 they take half the time and cost 1e-7 of it.
         keep_columns: hold all columns as they are, for what R Rᵀ does not say.
-        unit: bring all columns to lengths in [0.5, 1) by powers of two, which changes no span and rounds nothing: for
-            ε = 1, where each column counts, however short beside others.
+        unit: bring the largest entry of each column into [0.5, 1) by a power of two, which changes no span and rounds
+            nothing: for ε = 1, where each column counts, however short beside others.
 
     Attributes:
         columns: R, in the dtype it came in, while n < d; then None.
@@ -62,7 +62,10 @@ class Representation:
         self.n += columns.shape[1]
         if self.unit:
             columns = columns.to(torch.promote_types(columns.dtype, torch.float32))
-            columns = torch.ldexp(columns, -torch.frexp(columns.norm(dim=0)).exponent.clamp(-120, 120))
+            exponents = torch.frexp(columns.abs().amax(0)).exponent
+            columns = torch.ldexp(
+                torch.ldexp(columns, -exponents.clamp(-120, 120)), -(exponents - exponents.clamp(-120, 120))
+            )
         if self.keep_columns or (self.gram is None and self.n < self.d):
             # A copy also of the first ones: they may be a view of an activation that the model changes in place.
             self.columns = columns.clone() if self.columns is None else torch.cat([self.columns, columns], dim=1)

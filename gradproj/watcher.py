@@ -19,9 +19,6 @@ from gradproj.verification import what_moved
 class Watcher:
     """Warns of what can forget, each thing once.
 
-    Args:
-        memory: whose model is watched.
-
     Attributes:
         snapshot: the model as it was last remembered; None before.
         said: what was warned of.
@@ -29,16 +26,15 @@ class Watcher:
         projected: ids of optimisers whose updates are projected.
     """
 
-    def __init__(self, memory: Memory) -> None:
-        self.memory = memory
+    def __init__(self) -> None:
         self.snapshot: Snapshot | None = None
         self.said: set[str] = set()
         self.suspects: set[str] = set()
         self.projected: set[int] = set()
 
-    def remember(self) -> None:
-        """From now on the model is compared with what it is now."""
-        self.snapshot = Snapshot.of(self.memory.model, self.memory.layers.values())
+    def remember(self, memory: Memory) -> None:
+        """From now on a memory's model is compared with what it is now."""
+        self.snapshot = Snapshot.of(memory.model, memory.layers.values())
 
     def say(self, text: str, category: type[UserWarning] = UserWarning) -> None:
         """Warn the caller of the library, once of each thing."""
@@ -46,9 +42,8 @@ class Watcher:
             self.said.add(text)
             warn_caller(text, category)
 
-    def say_what_can_forget(self) -> None:
+    def say_what_can_forget(self, memory: Memory) -> None:
         """Warn of what learns without protection, as things are now."""
-        memory = self.memory
         for concern in what_can_forget(memory.model, memory.exclude, memory.include, memory.unprotected):
             self.say(concern)
 
@@ -58,40 +53,42 @@ class Watcher:
             self.suspects.add(name)
             self.say(f"{leak}: old tasks may be forgotten through it")
 
-    def say_of_the_first_pass(self, leaks: Iterable[tuple[str, str]]) -> None:
-        """Warn of what the first forward and backward pass under protection showed."""
+    def say_of_the_first_pass(self, memory: Memory, leaks: Iterable[tuple[str, str]]) -> None:
+        """Warn of what the first forward pass under protection showed."""
         self.say_leaks(leaks)
-        self.say_what_can_forget()  # again: statistics move only of modules in training mode, as they are now
+        self.say_what_can_forget(memory)  # again: statistics move only of modules in training mode, as they are now
 
-    def say_what_moved(self, projectors: Mapping[str, LayerProjector]) -> None:
+    def say_what_moved(self, memory: Memory, projectors: Mapping[str, LayerProjector]) -> None:
         """Warn of what moved although its gradients were projected, unless what may move it was named before.
 
         Args:
-            projectors: that make gradients orthogonal to the bases.
+            memory: whose bases.
+            projectors: that make gradients orthogonal to them.
         """
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return  # while a CUDA graph is recorded no number is known
         if self.snapshot is not None:
             layers = [project.layer for name, project in projectors.items() if name not in self.suspects]
-            moved = [pair for pair in what_moved(self.memory, layers, self.snapshot) if pair[0] not in self.suspects]
-            self.say_leaks([(name, f"{what} since task {self.memory.n_updates}") for name, what in moved])
+            moved = [pair for pair in what_moved(memory, layers, self.snapshot) if pair[0] not in self.suspects]
+            self.say_leaks([(name, f"{what} since task {memory.n_updates}") for name, what in moved])
 
     @contextmanager
-    def steps(self, projectors: Mapping[str, LayerProjector]) -> Iterator[None]:
+    def steps(self, memory: Memory, projectors: Mapping[str, LayerProjector]) -> Iterator[None]:
         """Within this context optimisers' steps are counted, the first of each is looked at, and what 1, 10, 100 … of
         them have moved.
 
         Args:
+            memory: whose layers they train.
             projectors: that gradients must have gone through, and that make them orthogonal to the bases.
         """
-        layers = self.memory.layers.values() if any(self.memory.columns.values()) else ()
+        layers = memory.layers.values() if any(memory.columns.values()) else ()
         parameters = {id(p) for layer in layers for p in layer.parameters if p is not None}
         taken = 0
 
         def count() -> None:
             nonlocal taken
             if taken and taken == 10 ** (len(str(taken)) - 1):
-                self.say_what_moved(projectors)
+                self.say_what_moved(memory, projectors)
             taken += 1
             if self.snapshot is not None:
                 self.snapshot.steps += 1

@@ -227,6 +227,11 @@ def test_sixteen_bits_are_brought_to_eight(tmp_path):
     assert abs(deep - plain).max() <= 1 and deep.max() == 255 and deep.min() == 0
 
 
+def test_sixteen_bits_of_a_portable_greymap(tmp_path):
+    (tmp_path / "deep.pgm").write_bytes(b"P5 2 1 65535\n" + bytes([0, 0, 255, 255]))
+    assert np.asarray(own.read_image(tmp_path / "deep.pgm"))[0, :, 0].tolist() == [0, 255]
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_what_is_transparent_is_white(tmp_path, mode):
     ink = np.zeros((4, 4, 4), np.uint8)
@@ -275,7 +280,12 @@ def test_one_label_for_each_image(n_labels):
         own.by_class((IMAGES, labels), [[0, 1]])
 
 
-@pytest.mark.parametrize("labels", [LABELS + 0.5, [float(x) for x in LABELS]], ids=["tensor", "list"])
+def test_labels_that_are_whole_numbers_written_otherwise():
+    tasks = [own.by_class((IMAGES, labels), [[0, 1]])[0] for labels in (LABELS, LABELS.double())]
+    assert torch.equal(tasks[0].train.labels, tasks[1].train.labels)
+
+
+@pytest.mark.parametrize("labels", [LABELS + 0.5, [x + 0.5 for x in LABELS.tolist()]], ids=["tensor", "list"])
 def test_labels_that_are_no_whole_numbers(labels):
     with pytest.raises(InputError, match=r"^the labels are float\d+ \(60,\); they must be one whole number an image$"):
         own.by_class((IMAGES, labels), [[0, 1]])

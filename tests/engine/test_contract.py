@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine import experiment, load_run
+from engine import experiment, load_run, state
 from engine.cli import parse
 from engine.interrupts import Stopped
 from engine.method import Method
@@ -50,7 +50,8 @@ def run_with(tmp_path, method, model=None, benchmark=None, **changes):
         ({"reads": "threshold_step"}, "reads is 'threshold_step'; it must be a tuple"),
         ({"reads": ("thresold",)}, "reads names thresold; it may name threshold, threshold_step, n_samples, samples"),
         ({"defaults": {"learning_rate": 1.0}}, "defaults has learning_rate, which is no hyperparameter"),
-        ({"defaults": {"cifar100": {"rate": 1.0}}}, "defaults has rate"),
+        ({"defaults": {"": {"rate": 1.0}}}, "defaults has rate"),
+        ({"defaults": [1]}, r"defaults is \[1\]; it must be a dict"),
         ({"flags": [flag(1, "x")]}, "flags must be a dict"),
         ({"flags": {"my-flag": flag(1, "x")}}, "the flag 'my-flag' must be a name"),
         ({"flags": {"lambda": flag(1, "x")}}, "the flag 'lambda' must be a name"),
@@ -236,7 +237,7 @@ def test_modules_of_a_methods_own_are_saved_as_they_were(tmp_path):
             with pytest.raises(Stopped) if stops_at else nullcontext():
                 experiment.run(options, tiny.benchmark(), method.model, method)
         found[folder] = [*method.weights().values(), *method.mean.parameters()]
-        assert len(method.weights()) == len(method.model.state_dict()) + 2 + 3
+        assert len(method.weights()) == len(method.model.state_dict()) + 2 + 2 + 3
         loaded = load_run(tiny.run_folder(tmp_path / folder), tiny.Network(), Auxiliary)
         assert torch.equal(loaded.method.aux.weight, method.aux.weight) and len(loaded.method.shifts) == 3
     assert all(map(torch.equal, *found.values()))
@@ -259,7 +260,9 @@ def test_a_network_that_no_memory_could_look_at_is_trained_by_methods_that_need_
 def test_heads_that_share_a_weight_are_refused(tmp_path):
     model = tiny.Network(2)
     model.heads[1].weight = model.heads[0].weight
-    with pytest.raises(InputError, match="^Network: heads.0.weight belongs to tasks 1, 2; what several tasks share"):
+    with pytest.raises(
+        InputError, match="^Network: heads.0.weight belongs to tasks 1, 2, so that the later ones would"
+    ):
         run_with(tmp_path, GPM, model)
 
 
@@ -304,3 +307,43 @@ def test_a_longer_run_begins_new_heads_as_the_method_does(tmp_path):
         method = Importance(model, options)
         experiment.run(options, tiny.benchmark(n_tasks), model, method)
     assert method.omega["heads.2.weight"].eq(1).all() and method.omega["fc1.weight"].eq(3).all()
+
+
+def test_defaults_of_any_hyperparameter():
+    """Those that are dicts themselves too, and those of other benchmarks' scripts."""
+    defaults = {"samples": {"fc1": 3}, "cifar100": {"only_there": 1}}
+    method = kind(GPM, defaults=defaults)(tiny.Network(), tiny.made({"n_samples": 5, "samples": {"fc1": 3}}))
+    assert method.samples == {"fc1": 3}
+
+
+class Frozen(Method):
+    """Two parameters of its own, of which one is frozen while it learns."""
+
+    name, state = "frozen", ("a", "b")
+
+    def __init__(self, model, options):
+        super().__init__(model, options)
+        self.a, self.b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
+
+
+def test_weights_of_parameters_that_are_frozen_meanwhile():
+    saved = Frozen(tiny.Network(), Options())
+    saved.a.requires_grad_(False).fill_(1)
+    saved.b.data.fill_(2)
+    loaded = Frozen(tiny.Network(), Options())
+    loaded.load_state_dict(saved.state_dict())
+    loaded.load_weights(saved.weights())
+    assert loaded.a.tolist() == [1, 1] and loaded.b.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "value", [nn.Parameter(torch.ones(2)), nn.ParameterList([torch.ones(2)]), nn.Linear(1, 1)], ids=type
+)
+def test_state_goes_to_the_device_of_the_model(value):
+    moved = state.restored(value, state.saved(value), torch.device("meta"))
+    assert {tensor.device.type for tensor in state.tensors(moved)} == {"meta"}
+
+
+def test_the_parameters_of_a_list_that_an_older_version_saved():
+    (found,) = state.restored(nn.ParameterList([torch.zeros(2)]), {"0": torch.ones(2)}, torch.device("cpu"))
+    assert found.tolist() == [1, 1]

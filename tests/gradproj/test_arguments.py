@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -18,7 +21,7 @@ from tests.gradproj.learned import NEW, OLD, D, mlp, remembering
         ({"rows": 2.5}, "rows is 2.5"),
         ({"max_columns": -1}, "max_columns is -1"),
         ({"samples": ["0"]}, "samples is a list; it must be a dict"),
-        ({"mask": lambda batch: torch.ones(2)}, r"mask is \(2,\), but the batch has 3 samples"),
+        ({"mask": lambda batch: torch.ones(2)}, r"mask is \(2,\), but the batch is \(3, 6\)"),
     ],
 )
 def test_update(arguments, message):
@@ -132,3 +135,55 @@ def test_one_large_value_hides_no_other_sample(n, d):
     moved = (model(old) - before).norm(dim=1) / before.norm(dim=1)
     assert moved.max() < 1e-4
     assert memory.verify(model, old).holds
+
+
+@pytest.mark.parametrize("shape", [(7, 4, D), (28, D)], ids=["positions first", "one axis"])
+def test_a_mask_of_samples_and_positions_in_other_layouts(shape):
+    mask = torch.zeros(4, 7)
+    mask[:, :2] = 1
+    memory = GradientProjectionMemory(nn.Sequential(nn.Linear(D, 9, bias=False)))
+    batch = torch.zeros(shape)
+    batch[..., 0] = 1
+    memory.update(memory.model, batch, threshold=1.0, mask=lambda _: mask)
+    assert memory.columns == {"0": 1}
+
+
+def test_a_forward_that_is_refused_leaves_the_parameters_in_their_places():
+    model = nn.MultiheadAttention(D, 1, batch_first=True)
+    memory = GradientProjectionMemory(model)
+    forward = lambda x: model(x, x, x)[0]  # noqa: E731
+    memory.update(forward, [torch.randn(2, 2, D)], threshold=0.9)
+    parameters = dict(model.named_parameters())
+    with memory.protect(), pytest.raises(InputError, match="frozen inside"):
+        model.out_proj.bias.requires_grad_(False)
+        forward(torch.randn(2, 2, D))
+    assert dict(model.named_parameters()) == parameters
+
+
+def test_nothing_outlives_a_memory():
+    """Its bases may be large, and the garbage collector counts objects, not bytes."""
+    model = mlp()
+    memory = remembering(model)
+    gc.collect()
+    gc.disable()
+    try:
+        with memory.protect() as projectors:
+            model(NEW).square().mean().backward()
+        gone = [weakref.ref(thing) for thing in (projectors["0"], memory, model)]
+        del projectors, memory, model
+        assert [ref() for ref in gone] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_matrices_that_layers_do_not_share_are_planned_apart():
+    """Two layers of one input, of which one remembers all of it."""
+    model = nn.ModuleList(nn.Linear(100, 2, bias=False) for _ in range(2))
+    memory, runs = GradientProjectionMemory(model), []
+
+    def forward(x):
+        runs.append(1)
+        return model[0](x) + model[1](x)
+
+    memory.update(forward, [torch.randn(30, 100)], threshold={"0": 1.0, "1": 0.9}, max_memory=8 * 100**2)
+    assert len(runs) == 3  # who shares what, and a pass for each

@@ -188,3 +188,16 @@ def test_a_block_of_patches_stays_within_its_bound(monkeypatch):
     model = nn.Sequential(conv)
     gather(Gatherer(find_layers(model)), model, model, [normal(9, 2, 10, 12)])
     assert sizes == 4 * [2 * 19 * 120] + [19 * 120]  # two images at a time, 19 inputs at 120 positions
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_columns_of_any_length_count_alike(dtype):
+    """Their span is the same, bit for bit, but for lengths."""
+    columns = torch.randn(5, 4).to(dtype)
+    lengths = torch.tensor([1e-30, 1.0, 1e30, 0.0]).to(dtype)
+    found = Representation(5, unit=True).add(columns * lengths).held
+    assert (found[:, 3] == 0).all()
+    largest = found[:, :3].abs().amax(0)
+    assert ((largest >= 0.5) & (largest < 1)).all()
+    ratios = (columns * lengths)[:, :3].double() / found[:, :3].double()
+    assert torch.equal(ratios, ratios[:1].expand_as(ratios)) and torch.equal(ratios.log2(), ratios.log2().round())
