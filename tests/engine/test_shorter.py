@@ -146,3 +146,14 @@ def test_a_run_whose_summary_alone_is_missing(tmp_path, capsys):
     again = run(tiny.options(tmp_path, quiet=False), tiny.benchmark(), tiny.Network())
     assert numbers(again) == numbers(first)
     assert "all tasks are learned; the summary is made from the checkpoint" in capsys.readouterr().out
+
+
+def test_a_shorter_run_that_may_not_be_read_is_left_alone(tmp_path, monkeypatch, capsys):
+    run(tiny.options(tmp_path, n_tasks=2), tiny.benchmark(), tiny.Network())
+
+    def closed(folder):
+        raise InputError(f"cannot read {folder}: Permission denied; nothing was changed")
+
+    monkeypatch.setattr("engine.shorter.load_checkpoint", closed)
+    assert run(tiny.options(tmp_path, quiet=False), tiny.benchmark(), tiny.Network())["finished"]
+    assert "is not continued: cannot read" in capsys.readouterr().out
