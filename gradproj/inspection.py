@@ -142,7 +142,7 @@ class Check:
 
 def inspect(memory: Memory, forward: Forward, batch: Any, thresholds: Mapping[str, float], mask: Mask | None) -> Check:
     """Run a batch without learning from it; see `GradientProjectionMemory.check`."""
-    gatherer = Gatherer(memory.layers)
+    gatherer = Gatherer(memory.layers, unit=[name for name, epsilon in thresholds.items() if epsilon == 1])
     leaks: dict[str, None] = {}
     run = runner(forward, memory.model)
 

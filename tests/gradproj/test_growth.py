@@ -62,3 +62,15 @@ def test_shares_that_are_none(threshold):
     memory = GradientProjectionMemory(Twins())
     with pytest.raises(InputError, match=r"it must be in \(0, 1\]"):
         memory.update(memory.model, [INPUTS], threshold=threshold)
+
+
+def test_a_look_before_training_tells_what_the_update_will_fill():
+    """With ε = 1, also by samples that are short beside others."""
+    model = nn.Sequential(nn.Linear(6, 2, bias=False))
+    samples = torch.eye(6)
+    samples[-1] *= 1e-9
+    memory = GradientProjectionMemory(model)
+    found = memory.check(model, samples.repeat(2, 1))
+    with pytest.warns(UserWarning, match="full"):
+        memory.update(model, samples.repeat(2, 1), threshold=1.0)
+    assert memory.columns == {"0": 6} and list(found.full) == ["0"]
