@@ -67,10 +67,16 @@ def check_defaults(method: Any, options: type[Options]) -> None:
     """
     known = options.__dataclass_fields__.keys() | Options.__dataclass_fields__.keys() | method.flags.keys()
     for name, value in method.defaults.items():
-        of_a_benchmark = name not in known and isinstance(value, Mapping)
-        for part in value if of_a_benchmark and name == options.benchmark else [] if of_a_benchmark else [name]:
+        parts = [name]
+        if name not in known and isinstance(value, Mapping):  # those for a benchmark, perhaps another one
+            parts = list(value) if name == options.benchmark else []
+        for part in parts:
             if part not in known:
-                raise broken(method, f"defaults has {part}, which is no hyperparameter here, nor a flag of its own")
+                raise broken(
+                    method,
+                    f"defaults has {part}, which is no hyperparameter here, nor a flag of its own; what the script of "
+                    "one benchmark alone has stands under that benchmark's name",
+                )
 
 
 def _are_names(value: Any) -> bool:

@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+HANG_UP = getattr(signal, "SIGHUP", None)  # of a terminal; Windows has none
+SIGNALS = tuple(number for number in (signal.SIGTERM, signal.SIGINT, HANG_UP) if number is not None)
 PR_SET_PDEATHSIG = 1
 _depth = 0  # nested `deferred` blocks
 _received: int | None = None
@@ -38,8 +39,8 @@ def stoppable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield
         return
-    hung_up = [number for number in SIGNALS[2:] if signal.getsignal(number) is signal.SIG_IGN]  # as nohup asks
-    previous = {number: signal.signal(number, _stop) for number in SIGNALS if number not in hung_up}
+    by_nohup = HANG_UP is not None and signal.getsignal(HANG_UP) is signal.SIG_IGN
+    previous = {number: signal.signal(number, _stop) for number in SIGNALS if not (by_nohup and number == HANG_UP)}
     try:
         yield
     finally:

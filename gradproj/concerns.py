@@ -49,6 +49,11 @@ def what_can_forget(
         )
 
 
+def used_otherwise(layer: Layer, function: str) -> str:
+    """That a layer's weight goes into a function which is not known to apply it."""
+    return f"the weight of {layer.name or 'the model'} is also used by {function}, which is not projected"
+
+
 def what_rounds(layers: Mapping[str, Layer]) -> str | None:
     """That weights are in half precision, where some are."""
     halves = [layer.dtype for layer in layers.values() if layer.dtype in (torch.bfloat16, torch.float16)]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.batches import Forward, Mask, in_eval_mode, masks, runner
+from gradproj.concerns import used_otherwise
 from gradproj.errors import InputError
 from gradproj.gatherer import Gatherer
 from gradproj.layers import Layer
@@ -147,7 +148,7 @@ def inspect(memory: Memory, forward: Forward, batch: Any, thresholds: Mapping[st
     run = runner(forward, memory.model)
 
     def other(layer: Layer, function: str) -> None:
-        leaks[f"the weight of {layer.name or 'the model'} is also used by {function}, which is not projected"] = None
+        leaks[used_otherwise(layer, function)] = None
 
     with in_eval_mode(memory.model):
         gatherer.run(run, batch, masks(mask, batch))

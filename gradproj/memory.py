@@ -141,7 +141,7 @@ class GradientProjectionMemory:
         """
         found = inspect(self, forward, batch, thresholds_by_layer(threshold, self.layers), mask)
         for leak in found.leaks:
-            self._watcher.say(f"{leak}: old tasks may be forgotten through it")
+            self._watcher.say_leak(leak)
         return found
 
     def update(
@@ -242,6 +242,7 @@ class GradientProjectionMemory:
         fast: bool = False,
         max_columns: int | None = None,
     ) -> dict[str, Tensor]:
+        """New bases by key; what `max_columns` leaves out is said."""
         rule = self.rank_rule if self.n_updates == 0 else "paper"
         layers = self.layers.values()
         bases, losses = grown(layers, self.bases, gathered, thresholds, rule, fast=fast, max_columns=max_columns)
@@ -388,6 +389,7 @@ class GradientProjectionMemory:
     def _projecting_updates(
         self, optimizers: Sequence[torch.optim.Optimizer], projectors: Mapping[str, LayerProjector]
     ) -> Iterator[None]:
+        """Project what optimisers do, which the watcher then need not warn of."""
         mine = {id(optimizer) for optimizer in optimizers} - self._watcher.projected
         self._watcher.projected |= mine
         try:

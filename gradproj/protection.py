@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradproj.concerns import used_otherwise
 from gradproj.errors import InputError
 from gradproj.layers import Layer
 from gradproj.layers.linear import LinearLayer
@@ -289,8 +290,7 @@ class Watch:
         return {name: (id(tensor), _place(tensor), tensor._version) for name, tensor in tensors}
 
     def _used(self, layer: Layer, function: str) -> None:
-        what = f"the weight of {layer.name or 'the model'} is also used by {function}, which is not projected"
-        self.found[layer.name, what] = None
+        self.found[layer.name, used_otherwise(layer, function)] = None
 
     def _applied(self, layer: Layer, _function: Callable[..., Any], _arguments: Mapping[str, Any]) -> None:
         project = self.protection.projectors[layer.name]

@@ -63,9 +63,8 @@ class Representation:
         if self.unit:
             columns = columns.to(torch.promote_types(columns.dtype, torch.float32))
             exponents = torch.frexp(columns.abs().amax(0)).exponent
-            columns = torch.ldexp(
-                torch.ldexp(columns, -exponents.clamp(-120, 120)), -(exponents - exponents.clamp(-120, 120))
-            )
+            most = exponents.clamp(-120, 120)  # what one power of two in float32 takes
+            columns = torch.ldexp(torch.ldexp(columns, -most), most - exponents)
         if self.keep_columns or (self.gram is None and self.n < self.d):
             # A copy also of the first ones: they may be a view of an activation that the model changes in place.
             self.columns = columns.clone() if self.columns is None else torch.cat([self.columns, columns], dim=1)

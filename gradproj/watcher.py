@@ -47,11 +47,15 @@ class Watcher:
         for concern in what_can_forget(memory.model, memory.exclude, memory.include, memory.unprotected):
             self.say(concern)
 
+    def say_leak(self, leak: str) -> None:
+        """Warn of a phrase that says what may let old tasks be forgotten."""
+        self.say(f"{leak}: old tasks may be forgotten through it")
+
     def say_leaks(self, leaks: Iterable[tuple[str, str]]) -> None:
         """Warn of what may let old tasks be forgotten: names of layers, parameters or buffers, each with a phrase."""
         for name, leak in leaks:
             self.suspects.add(name)
-            self.say(f"{leak}: old tasks may be forgotten through it")
+            self.say_leak(leak)
 
     def say_of_the_first_pass(self, memory: Memory, leaks: Iterable[tuple[str, str]]) -> None:
         """Warn of what the first forward pass under protection showed."""

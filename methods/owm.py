@@ -76,8 +76,7 @@ class OWM(Method):
     def learning(self, t: int, task: Task) -> Iterator[None]:
         """Train with gradients G P."""
         if t == 0:  # P = I
-            forward = lambda: self.model(task.train.images[:2], t)  # noqa: E731
-            refuse_other_uses(self.name, self.model, self.layers, forward)
+            refuse_other_uses(self.name, self.model, self.layers, lambda: self.model(task.train.images[:2], t))
             yield
             return
         self.projectors = {

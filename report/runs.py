@@ -74,11 +74,7 @@ def _files_below(folder: Path, closed: list[OSError]) -> Iterator[Path]:
 def read_run(file: Path) -> Run | Problem:
     """The run that a summary file describes; the file need not exist where a run has only begun."""
     folder = file.parent if file.name == "summary.json" else file
-    if not file.exists():
-        return Problem(
-            folder, "unfinished", f"{position_of(folder) or 'no summary.json'}; the same command continues it"
-        )
-    summary, fault = load_summary(file)
+    summary, fault = load_summary(file) if file.exists() else ({"finished": False}, "")
     if fault:
         return Problem(folder, "damaged", f"{file.name}: {fault}")
     if not summary["finished"]:

@@ -138,8 +138,7 @@ class SidePathGPM(GPM):
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
         if t == 0:
-            forward = lambda: self.model(task.train.images[:2], t)  # noqa: E731
-            refuse_other_uses(self.name, self.model, self.memory.layers, forward)
+            refuse_other_uses(self.name, self.model, self.memory.layers, lambda: self.model(task.train.images[:2], t))
         with self.testing(t), super().learning(t, task):
             yield
 
