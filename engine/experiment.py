@@ -47,7 +47,7 @@ INTERFERENCE_IMAGES = 256  # of the first task, to measure how far its layer out
 # What a checkpoint keeps of a run as it is, besides the states of network, method and task.
 KEPT = (
     *("position", "accuracy", "columns", "statistics", "first", "interference", "epochs", "seconds", "threads"),
-    *("network", "initial", "commits", "devices"),
+    *("network", "initial", "commits", "devices", "frozen"),
 )
 
 
@@ -106,6 +106,7 @@ class Run:
         self.tasks = RunTasks(benchmark, method, self.device)
         self.folder = run_folder(self.options, type(method), benchmark.name, benchmark.data)
         self.network, self.initial = fingerprint.of_network(model), fingerprint.of_initial(model)
+        self.frozen = fingerprint.frozen_parameters(model)  # outside `learning`, which freezes for its own time
         self.position = 0  # tasks learned
         self.task_progress: TaskProgress | None = None  # of the task at hand
         self.accuracy: dict[str, list[list[float | None]]] = {"valid": [], "test": [], "class_incremental": []}
@@ -179,6 +180,7 @@ class Run:
         if self.task_progress is None:
             self.task_progress = TaskProgress.beginning(self.options)
             self.method.before_task(t, task)
+            self.frozen = fingerprint.frozen_parameters(self.method.model)
         with self.method.learning(t, task):
             train_task(self.method, t, task, self.task_progress, self.epoch_done, began)
         began = time.perf_counter()
@@ -202,6 +204,7 @@ class Run:
             self.seconds["memory"] += memory_seconds
             self.seconds["evaluate"] += evaluate_seconds
             self.position, self.task_progress = t + 1, None
+            self.frozen = fingerprint.frozen_parameters(self.method.model)
             if self.options.keep == "each" and self.position < n_tasks:  # the last is in the checkpoint
                 keep_weights(self.folder, t, self.method.weights())
             self.save()
@@ -307,10 +310,12 @@ class Run:
         if state["task_progress"] is not None:
             self.task_progress = TaskProgress.from_state_dict(state["task_progress"])
         since = {"threads": self.threads, "interference": None, "network": self.network, "initial": {}}
-        state = since | {"commits": [], "devices": []} | state
+        state = since | {"commits": [], "devices": [], "frozen": self.frozen} | state
         commits, devices = self.commits, self.devices
         for name in KEPT:
             setattr(self, name, state[name])
+        for name, p in self.method.model.named_parameters():
+            p.requires_grad_(name not in self.frozen)
         self.commits = list(dict.fromkeys(self.commits + commits))
         self.devices = list(dict.fromkeys(self.devices + devices))
         unmeasured = [[None] * self.options.n_tasks] * self.position

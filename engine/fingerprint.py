@@ -68,8 +68,10 @@ def _listed(classes: Sequence[str | int]) -> str:
 
 
 def of_network(model: nn.Module) -> dict[str, Any]:
-    """A network's class, its weights by name with shape and dtype, its innermost modules with their settings."""
+    """A network's class, its weights by name with shape, dtype and whether they are frozen, its innermost modules with
+    their settings."""
     weights = {name: described(value) for name, value in model.state_dict().items()}
+    weights |= {name: f"{weights[name]} frozen" for name in frozen_parameters(model) if name in weights}
     inner = {name: module for name, module in model.named_modules() if not list(module.children())}
     modules = {name: re.sub(r" at 0x\w+", "", repr(module)) for name, module in inner.items()}  # addresses change
     return {"class": describe(type(model)), "weights": weights, "modules": modules}
@@ -78,6 +80,11 @@ def of_network(model: nn.Module) -> dict[str, Any]:
 def described(value: Tensor) -> str:
     """A weight's shape and dtype."""
     return f"{'x'.join(map(str, value.shape)) or 'one number'} {str(value.dtype).removeprefix('torch.')}"
+
+
+def frozen_parameters(model: nn.Module) -> list[str]:
+    """The names of the parameters that get no gradient."""
+    return [name for name, p in model.named_parameters() if not p.requires_grad]
 
 
 def network_digest(network: Mapping[str, Any]) -> str:

@@ -159,9 +159,10 @@ class Method:
             setattr(self, name, state.restored(getattr(self, name, None), saved[name], device))
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy of all that training moves: the model's state, and the method's own parameters."""
+        """A copy of all that training moves: the model's state and buffers, and the method's own parameters."""
         own = enumerate(state.parameters({name: getattr(self, name) for name in self.state}))
         all_weights = self.model.state_dict() | {f"{OWN}{i}": p.detach() for i, p in own}
+        all_weights |= {f"{BUFFER}{name}": value for name, value in state.unsaved_buffers(self.model).items()}
         return {name: value.clone() for name, value in all_weights.items()}
 
     @torch.no_grad()
@@ -170,6 +171,9 @@ class Method:
         self.model.load_state_dict({name: value for name, value in weights.items() if not name.startswith(OWN)})
         for i, p in enumerate(state.parameters({name: getattr(self, name) for name in self.state})):
             p.copy_(weights[f"{OWN}{i}"])
+        for name in state.unsaved_buffers(self.model):
+            if f"{BUFFER}{name}" in weights:  # older versions kept none
+                state.put_buffer(self.model, name, weights[f"{BUFFER}{name}"])
 
     def precision(self, device: torch.device) -> torch.autocast:
         """A context in which a forward pass runs as --amp says."""
@@ -200,7 +204,8 @@ class Method:
         return find_layers(self.model, exclude=self.task_module_names)
 
 
-OWN = "method:"  # the beginning of the names of a method's own parameters among the weights
+OWN = "method:"  # the beginning of the names of those weights that the network's own state lacks: a method's
+BUFFER = f"{OWN}buffer "  # parameters, by number, and the network's buffers that are not persistent
 
 
 def why_not(method: type[Method], many_heads: bool) -> str | None:

@@ -109,6 +109,22 @@ def parameters(value: Any) -> list[nn.Parameter]:
     return [tensor for tensor in tensors(value) if isinstance(tensor, nn.Parameter)]
 
 
+def unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """A network's buffers that its own state leaves out (`persistent=False`), by name."""
+    saved = model.state_dict()
+    return {name: value for name, value in model.named_buffers() if name not in saved}
+
+
+def put_buffer(model: nn.Module, name: str, value: Tensor) -> None:
+    """Give a buffer its value back, in place unless it has grown."""
+    current = model.get_buffer(name)
+    if current.shape == value.shape:
+        current.copy_(value)
+    else:
+        module, _, name = name.rpartition(".")
+        setattr(model.get_submodule(module), name, value.to(current.device))
+
+
 def count(value: Any) -> int:
     """How many numbers the floating-point tensors among them hold."""
     return sum(tensor.numel() for tensor in tensors(value) if tensor.is_floating_point())

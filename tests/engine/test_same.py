@@ -49,6 +49,12 @@ def other_activation():
     return model
 
 
+def frozen():
+    model = tiny.Network()
+    model.fc2.requires_grad_(False)
+    return model
+
+
 TASKS = {
     other_images: "training images",
     other_labels: "test labels",
@@ -58,6 +64,7 @@ TASKS = {
 NETWORKS = {
     Other: "class tests.tiny.Network there, tests.engine.test_same.Other here",
     wider: "fc2.bias 8 float64 there, not here",
+    frozen: "fc2.weight 8x16 float64 there, 8x16 float64 frozen here",
     other_activation: r"drop Dropout\(p=0.2.* there, Dropout\(p=0.5.* here",
 }
 
