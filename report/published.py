@@ -53,7 +53,7 @@ def _scrambled(
     accuracy: float, accuracy_std: float, backward: float | None = None, backward_std: float = 0
 ) -> Published:
     row = _row(accuracy, accuracy_std, backward, backward_std)
-    return row._replace(variants=("default", "protocol=released"), source=API_TABLE)
+    return row._replace(variants=("protocol=released",), source=API_TABLE)
 
 
 def _logs(accuracy: float, backward: float, n: int) -> Published:

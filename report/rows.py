@@ -274,7 +274,8 @@ def verdict(row: Row, complete: bool, same_images: bool) -> str:
     if row.published.caveat:
         return f"not comparable: {row.published.caveat}"
     if row.variant not in row.published.variants:
-        return "not comparable: variant"
+        other = f"published under {row.published.variants[0]}"
+        return f"not comparable: {other if row.variant == 'default' else 'variant'}"
     if not complete:
         return "not comparable: data, see note"
     if not same_images:

@@ -64,11 +64,15 @@ def test_a_row_of_three_seeds(tmp_path):
         ({"data": {"kind": "embedded", "notes": []}}, "embedded data"),
         ({"method": "naive"}, "nothing published"),
         ({"method": "multitask", "average_accuracy": 79.0, "backward_transfer": None}, "yes"),
-        ({"benchmark": "cifar100_superclass", "average_accuracy": 57.0, "backward_transfer": -1.0}, "yes"),
+        (
+            {"benchmark": "cifar100_superclass", "average_accuracy": 57.0, "backward_transfer": -1.0},
+            "not comparable: published under protocol=released",
+        ),
         (
             {"benchmark": "cifar100_superclass", "variant": "protocol=released"},
             "no (ACC above and BWT below)",
         ),
+        ({"benchmark": "miniimagenet", "method": "cuber"}, "not comparable: published under protocol=later"),
     ],
 )
 def test_verdicts(tmp_path, changes, verdict):
