@@ -25,7 +25,7 @@ def successor_tables(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
         shown = [row for row in shown if row.method in SUCCESSORS or (row.method in BESIDE and row.variant in variants)]
         if any(row.method in SUCCESSORS for row in shown):
             shown.sort(key=lambda row: (row.variant != "default", row.variant, ORDER.index(row.method)))
-            parts += [f"## {BENCHMARKS[benchmark]}", _table(shown)]
+            parts += [f"## {BENCHMARKS.get(benchmark, benchmark)}", _table(shown)]
     mark = f"{IDENTITY.strip()} At test the method uses which task an image is of, beyond the choice of a head."
     return "\n\n".join([*parts, mark]) + "\n"
 
@@ -34,6 +34,7 @@ def _table(rows: Sequence[Row]) -> str:
     lines = [HEADINGS + COSTS, ("---",) * len(HEADINGS + COSTS)]
     for row in rows:
         found = cells(row, "") | {"source": row.published.source if row.published else NOTHING}
-        found["numbers stored"] = f"{statistics.fmean(run.summary['memory_floats'] for run in row.runs):,.0f}"
+        stored = [run.summary.get("memory_floats") for run in row.runs]
+        found["numbers stored"] = NOTHING if None in stored else f"{statistics.fmean(stored):,.0f}"
         lines.append(tuple(found[heading] for heading in HEADINGS + COSTS))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

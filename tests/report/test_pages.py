@@ -85,6 +85,12 @@ def test_successors_stand_beside_gpm_with_source_and_costs(tmp_path):
     assert trgp[7:] == ["not comparable: variant", "1,234,567", "60 s", "seed 1"]
 
 
+def test_successors_on_tasks_of_ones_own(tmp_path):
+    write(tmp_path / "a", method="sgp", benchmark="birds", memory_floats=None)
+    text = pages.successor_tables(rows_of(tmp_path), [])
+    assert text.startswith("## birds\n") and "| nothing published | – | 60 s | seed 1 |" in text
+
+
 def test_the_short_table_has_what_is_compared_and_gpm_and_naive(tmp_path):
     write(tmp_path / "a", variant="n_epochs=20", average_accuracy=70.0)
     write(tmp_path / "b", average_accuracy=71.0)

@@ -72,7 +72,7 @@ def test_a_row_of_three_seeds(tmp_path):
             {"benchmark": "cifar100_superclass", "variant": "protocol=released"},
             "no (ACC above and BWT below)",
         ),
-        ({"benchmark": "miniimagenet", "method": "cuber"}, "not comparable: published under protocol=later"),
+        ({"benchmark": "miniimagenet", "method": "dfgp"}, "not comparable: published under protocol=later"),
     ],
 )
 def test_verdicts(tmp_path, changes, verdict):
