@@ -13,6 +13,7 @@ from typing import Any
 from engine import metrics
 from engine.files import write_json, write_text
 from gradproj.errors import one_line
+from gradproj.interference import EDGES
 
 SUMMARY = "summary.json"
 MATRIX = "accuracy.csv"
@@ -115,30 +116,17 @@ def upgraded(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 # What a summary may leave out, or have as null.
-OPTIONAL = {
-    "commit": str,
-    **dict.fromkeys(("place", "memory_floats"), int),
-    **dict.fromkeys(("memory_columns", "memory_input_sizes", "interference", "versions"), dict),
-    "epochs": list,
-}
+OPTIONAL = {"commit": str, "place": int, "memory_floats": int, "versions": dict}
 
 
 def fault(summary: dict[str, Any]) -> str:
     """What keeps a summary from being used; empty if nothing does."""
-
-    def number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-    def matrix(value: Any) -> bool:
-        return (
-            isinstance(value, list)
-            and bool(value)
-            and all(isinstance(row, list) and row and all(x is None or number(x) for x in row) for row in value)
-        )
-
     data, seconds, tasks = summary.get("data"), summary.get("seconds"), summary.get("tasks") or []
     notes = data.get("notes", []) if isinstance(data, dict) else None
     sources = (data.get("sources") or {}) if isinstance(data, dict) else None
+    columns, sizes, interference = (
+        summary.get(key) or {} for key in ("memory_columns", "memory_input_sizes", "interference")
+    )
     checks = {
         **{key: isinstance(summary.get(key), str) for key in ("benchmark", "method", "variant", "device")},
         "seed": isinstance(summary.get("seed"), int),
@@ -146,15 +134,42 @@ def fault(summary: dict[str, Any]) -> str:
         "data": isinstance(notes, list) and isinstance(data.get("kind"), str) and all(type(n) is str for n in notes),
         "data.sources": isinstance(sources, dict) and all(isinstance(source, dict) for source in sources.values()),
         "hyperparameters": isinstance(summary.get("hyperparameters", {}), dict),
-        "average_accuracy": number(summary.get("average_accuracy")),
-        "backward_transfer": summary.get("backward_transfer", "") is None or number(summary.get("backward_transfer")),
-        "accuracy": matrix(summary.get("accuracy")),
-        **{key: matrix(summary.get(key) or [[None]]) for key in ("valid_accuracy", "class_incremental")},
+        "average_accuracy": _is_number(summary.get("average_accuracy")),
+        "backward_transfer": summary.get("backward_transfer", "") is None
+        or _is_number(summary.get("backward_transfer")),
+        "accuracy": _is_matrix(summary.get("accuracy")),
+        **{key: _is_matrix(summary.get(key) or [[None]]) for key in ("valid_accuracy", "class_incremental")},
         **{key: isinstance(summary.get(key), (kind, type(None))) for key, kind in OPTIONAL.items()},
+        "memory_columns": isinstance(columns, dict) and all(map(_are_counts, columns.values())),
+        "memory_input_sizes": isinstance(sizes, dict)
+        and _are_counts(list(sizes.values()))
+        and sizes.keys() >= set(columns),
+        "interference": isinstance(interference, dict) and all(map(_is_interference, interference.values())),
+        "epochs": _are_counts(summary.get("epochs") or []),
         "tasks": isinstance(tasks, list) and all(isinstance(t, dict) and type(t.get("name")) is str for t in tasks),
-        "seconds": isinstance(seconds, dict) and number(seconds.get("total")),
+        "seconds": isinstance(seconds, dict) and _is_number(seconds.get("total")),
         "title": isinstance(summary.get("title", ""), str),
         "task_identity": "title" not in summary or isinstance(summary.get("task_identity"), bool),
     }
     wrong = [key for key, fine in checks.items() if not fine]
     return f"{', '.join(wrong)} missing or of a wrong kind" if wrong else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _is_matrix(value: Any) -> bool:
+    rows = value if isinstance(value, list) else []
+    return bool(rows) and all(
+        isinstance(row, list) and row and all(x is None or _is_number(x) for x in row) for row in rows
+    )
+
+
+def _is_interference(value: Any) -> bool:
+    known = isinstance(value, dict) and _are_counts(value.get("counts")) and _is_number(value.get("ratio"))
+    return known and len(value["counts"]) == len(EDGES) - 1

@@ -83,6 +83,11 @@ def order_of(run: Run) -> int | None:
     return run.summary.get("hyperparameters", {}).get(ORDER_OF_TASKS)
 
 
+def n_tasks_of(run: Run) -> int:
+    """How many tasks a run learned."""
+    return len(run.summary["accuracy"][-1])
+
+
 def runs_in_words(runs: Sequence[Run]) -> str:
     """Which seeds and orders some runs of a row are: `seeds 1–3`, or `orders 0–4, seed 1`."""
     seeds = _listed("seed", {run.summary["seed"] for run in runs})
@@ -138,7 +143,7 @@ def summarise(runs: Sequence[Run], join_orders: bool = True) -> list[Row]:
 def _alike(key: tuple, runs: list[Run]) -> dict[tuple, list[Run]]:
     """Runs of one variant parted where their hyperparameters differ all the same, since a script's defaults were
     changed between them; the variants then name what differs."""
-    options = [run.summary.get("hyperparameters", {}) for run in runs]
+    options = [{"n_tasks": n_tasks_of(run), **run.summary.get("hyperparameters", {})} for run in runs]
     names = sorted(set.intersection(*map(set, options)) - NO_PART_OF_A_ROW)
     of_methods = {method.partition("_")[0] for method in ORDER} - {key[3].partition("_")[0]}
     names = [name for name in names if name.partition("_")[0] not in of_methods]  # an old file has other methods' flags

@@ -123,11 +123,12 @@ def draw_costs(shown: dict[str, Row], looks: Looks, title: str, stem: str, save:
     sizes = [row.runs[0].summary.get("memory_input_sizes") for row in shown.values()]
     largest = max((sum(d * d for d in size.values()) for size in sizes if size), default=0)
     epochs = {name: [run.summary.get("epochs") for run in row.runs] for name, row in shown.items()}
-    if len(shown) < 2 or not largest or not all(all(counts) for counts in epochs.values()):
+    if len(shown) < 2 or not largest or not all(counts and sum(counts) for runs in epochs.values() for counts in runs):
         return  # the largest size is known where GPM is among the methods
+    stored = {name: [run.summary.get("memory_floats") for run in row.runs] for name, row in shown.items()}
     costs = {
         name: (
-            estimate([100 * run.summary.get("memory_floats", 0) / largest for run in row.runs]),
+            None if None in stored[name] else estimate([100 * n / largest for n in stored[name]]),
             estimate([run.summary["seconds"].get("train", 0.0) / sum(run.summary["epochs"]) for run in row.runs]),
         )
         for name, row in shown.items()
@@ -146,10 +147,14 @@ def draw_class_incremental(shown: dict[str, Row], looks: Looks, title: str, stem
 
 
 def draw_interference(shown: dict[str, Row], colors: dict[str, Any], title: str, stem: str, save: Save) -> None:
-    """Histograms of the interference activations, where two or more rows have recorded them (Figure 3)."""
+    """Histograms of the interference activations, where two or more rows have recorded them (Figure 3), in the layers
+    that all their runs have."""
     found = {name: [run.summary.get("interference") for run in row.runs] for name, row in shown.items()}
     found = {name: runs for name, runs in found.items() if all(runs)}
-    if len(found) > 1:
+    everything = [run for runs in found.values() for run in runs]
+    layers = [layer for layer in everything[0] if all(layer in run for run in everything)] if everything else []
+    found = {name: [{layer: run[layer] for layer in layers} for run in runs] for name, runs in found.items()}
+    if len(found) > 1 and layers:
         save(interference_histograms(found, colors, title), f"{stem}-interference")
 
 

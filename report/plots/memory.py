@@ -49,6 +49,6 @@ def memory_growth(columns: Mapping[str, Sequence[float]], sizes: Mapping[str, in
 
 
 def mean_columns(runs: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, list[float]]:
-    """The mean over seeds of the basis columns per layer after each task."""
-    shared = [key for key in runs[0] if all(key in run for run in runs)]  # perhaps networks differ
+    """The mean over seeds of the basis columns per layer after each task, of the layers that all runs have alike."""
+    shared = [key for key in runs[0] if all(len(run.get(key, ())) == len(runs[0][key]) for run in runs)]
     return {key: np.mean([run[key] for run in runs], 0).tolist() for key in shared}

@@ -1,4 +1,4 @@
-"""What moves outside a network's own state is part of a continued run: buffers that are not saved, frozen parameters."""
+"""A continued run has all that moves outside a network's own state: unsaved buffers, frozen parameters."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from methods.naive import Naive
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("quick")
+
 
 class Centred(nn.Module):
     """Subtracts a moving mean of what it sees; remembers how often it was called."""

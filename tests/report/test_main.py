@@ -31,6 +31,13 @@ from tests.report.written import rows_of, summary, write
         json.dumps(summary(tasks="digits")),
         json.dumps(summary(place="first")),
         json.dumps(summary(tasks=[{"name": 1}])),
+        json.dumps(summary(memory_columns={"conv1": ["3"]})),
+        json.dumps(summary(memory_input_sizes={"fc1": 48})),  # not that of conv1, which has columns
+        json.dumps(summary(memory_input_sizes={"conv1": -48})),
+        json.dumps(summary(interference={"conv1": {"ratio": 0.1, "counts": [1, 2]}})),
+        json.dumps(summary(interference={"conv1": {"ratio": None, "counts": [0] * 101}})),
+        json.dumps(summary(interference={"conv1": 0.1})),
+        json.dumps(summary(epochs=[2.5])),
         json.dumps(summary(title="GPM")),  # without saying whether it uses the task's identity
         json.dumps(summary(data={"kind": "real", "sources": {"cifar100": None}})),
         json.dumps(summary(valid_accuracy=[[]])),

@@ -103,6 +103,55 @@ def test_costs_are_relative_to_the_largest_memory_and_per_epoch(tmp_path, monkey
     assert drawn[1] == {"GPM": gpm, "naive": naive}
 
 
+NETWORKS = {  # interference and memory of runs of another network than `with_costs` has
+    "some layers in common": ("conv1", "fc9"),
+    "none in common": ("fc9",),
+}
+
+
+@pytest.mark.parametrize("names", NETWORKS.values(), ids=NETWORKS)
+@pytest.mark.parametrize("other", [{"method": "naive"}, {"seed": 2}], ids=["beside each other", "in one row"])
+def test_runs_of_different_networks_are_drawn_by_what_they_share(tmp_path, names, other):
+    like = with_costs()["interference"]["conv1"]
+    found = {
+        "interference": dict.fromkeys(names, like),
+        "memory_columns": dict.fromkeys(names, [1, 2]),
+        "memory_input_sizes": dict.fromkeys(names, 9),
+    }
+    write(tmp_path / "runs/a", **with_costs())
+    write(tmp_path / "runs/b", **with_costs(**found, **other))
+    write(tmp_path / "runs/c", **with_costs(method="ewc"))
+    drawn = {}
+    draw_pictures(
+        rows_of(tmp_path / "runs"), lambda figure, name: drawn.update({name.partition("default-")[2]: figure})
+    )
+    panels = [axes.get_title() for axes in drawn["interference"].axes] if "interference" in drawn else []
+    assert panels == (["conv1"] if "conv1" in names else [])
+    assert ("gpm-memory" in drawn) == ("conv1" in names or "method" in other)
+
+
+def test_runs_of_different_numbers_of_tasks_are_rows_of_their_own(tmp_path):
+    write(tmp_path / "a", average_accuracy=80.0)
+    longer = [[90.0, None, None], [80.0, 70.0, None], [70.0, 60.0, 50.0]]
+    write(tmp_path / "b", seed=2, accuracy=longer, class_incremental=longer, memory_columns={"conv1": [3, 5, 6]})
+    rows = rows_of(tmp_path)
+    assert [(row.variant, row.seeds) for row in rows] == [("n_tasks=2", [1]), ("n_tasks=3", [2])]
+    assert figures.draw(rows, tmp_path / "figures")
+
+
+@pytest.mark.parametrize("unknown", [{"memory_floats": None}, {"epochs": [0, 0]}, {"epochs": None}], ids=str)
+def test_costs_that_are_not_known_are_not_drawn_as_nothing(tmp_path, monkeypatch, unknown):
+    drawn = []
+    monkeypatch.setattr(figures, "bars", lambda scores, *rest, **more: drawn.append(scores) or Figure())
+    write(tmp_path / "a", **with_costs())
+    write(tmp_path / "b", **with_costs(method="naive", **unknown))
+    figures.draw(rows_of(tmp_path), tmp_path / "figures")
+    if "epochs" in unknown:
+        assert len(drawn) == 1  # of the accuracies
+    else:
+        assert drawn[1]["naive"][0] is None and drawn[1]["GPM"][0] is not None
+
+
 def test_a_sweep_is_drawn_over_its_hyperparameter(tmp_path, capsys):
     for value in (0.99, 0.9):
         changes = with_costs(variant=f"n_epochs=20,threshold={value}")
