@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -115,8 +114,9 @@ def upgraded(summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+LARGEST = 1e100  # of a summary's numbers: their squares stay finite
 # What a summary may leave out, or have as null.
-OPTIONAL = {"commit": str, "place": int, "memory_floats": int, "versions": dict}
+OPTIONAL = {"commit": str, "place": int, "versions": dict}
 
 
 def fault(summary: dict[str, Any]) -> str:
@@ -124,8 +124,8 @@ def fault(summary: dict[str, Any]) -> str:
     data, seconds, tasks = summary.get("data"), summary.get("seconds"), summary.get("tasks") or []
     notes = data.get("notes", []) if isinstance(data, dict) else None
     sources = (data.get("sources") or {}) if isinstance(data, dict) else None
-    columns, sizes, interference = (
-        summary.get(key) or {} for key in ("memory_columns", "memory_input_sizes", "interference")
+    columns, sizes, interference, network = (
+        summary.get(key) or {} for key in ("memory_columns", "memory_input_sizes", "interference", "network")
     )
     checks = {
         **{key: isinstance(summary.get(key), str) for key in ("benchmark", "method", "variant", "device")},
@@ -140,11 +140,13 @@ def fault(summary: dict[str, Any]) -> str:
         "accuracy": _is_matrix(summary.get("accuracy")),
         **{key: _is_matrix(summary.get(key) or [[None]]) for key in ("valid_accuracy", "class_incremental")},
         **{key: isinstance(summary.get(key), (kind, type(None))) for key, kind in OPTIONAL.items()},
+        "memory_floats": summary.get("memory_floats") is None or _are_counts([summary["memory_floats"]]),
         "memory_columns": isinstance(columns, dict) and all(map(_are_counts, columns.values())),
         "memory_input_sizes": isinstance(sizes, dict)
         and _are_counts(list(sizes.values()))
-        and sizes.keys() >= set(columns),
+        and all(name in sizes for name in (columns if isinstance(columns, dict) else ())),
         "interference": isinstance(interference, dict) and all(map(_is_interference, interference.values())),
+        "network": isinstance(network, dict) and isinstance(network.get("fingerprint", ""), str),
         "epochs": _are_counts(summary.get("epochs") or []),
         "tasks": isinstance(tasks, list) and all(isinstance(t, dict) and type(t.get("name")) is str for t in tasks),
         "seconds": isinstance(seconds, dict) and _is_number(seconds.get("total")),
@@ -156,11 +158,11 @@ def fault(summary: dict[str, Any]) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < LARGEST for n in value)
 
 
 def _is_matrix(value: Any) -> bool:

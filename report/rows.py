@@ -80,7 +80,8 @@ class Row:
 
 def order_of(run: Run) -> int | None:
     """Which of several published orders a run's tasks have."""
-    return run.summary.get("hyperparameters", {}).get(ORDER_OF_TASKS)
+    order = run.summary.get("hyperparameters", {}).get(ORDER_OF_TASKS)
+    return order if isinstance(order, int) else None
 
 
 def n_tasks_of(run: Run) -> int:

@@ -16,7 +16,7 @@ from report.plots.interference import interference_histograms
 from report.plots.memory import mean_columns, memory_growth
 from report.plots.style import Looks, look, shades
 from report.plots.style import save as save_figure
-from report.published import BENCHMARKS
+from report.published import BENCHMARKS, Estimate
 from report.rows import Row, estimate, runs_in_words, summarise, without
 from report.tables import IDENTITY
 
@@ -125,11 +125,14 @@ def draw_costs(shown: dict[str, Row], looks: Looks, title: str, stem: str, save:
     epochs = {name: [run.summary.get("epochs") for run in row.runs] for name, row in shown.items()}
     if len(shown) < 2 or not largest or not all(counts and sum(counts) for runs in epochs.values() for counts in runs):
         return  # the largest size is known where GPM is among the methods
-    stored = {name: [run.summary.get("memory_floats") for run in row.runs] for name, row in shown.items()}
+
+    def mean(known: Sequence[float | None], units: Sequence[float]) -> Estimate | None:
+        return None if None in known else estimate([value / unit for value, unit in zip(known, units, strict=True)])
+
     costs = {
         name: (
-            None if None in stored[name] else estimate([100 * n / largest for n in stored[name]]),
-            estimate([run.summary["seconds"].get("train", 0.0) / sum(run.summary["epochs"]) for run in row.runs]),
+            mean([run.summary.get("memory_floats") for run in row.runs], [largest / 100] * len(row.runs)),
+            mean([run.summary["seconds"].get("train") for run in row.runs], list(map(sum, epochs[name]))),
         )
         for name, row in shown.items()
     }

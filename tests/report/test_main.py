@@ -37,6 +37,12 @@ from tests.report.written import rows_of, summary, write
         json.dumps(summary(interference={"conv1": {"ratio": 0.1, "counts": [1, 2]}})),
         json.dumps(summary(interference={"conv1": {"ratio": None, "counts": [0] * 101}})),
         json.dumps(summary(interference={"conv1": 0.1})),
+        json.dumps(summary(memory_columns=5)),
+        json.dumps(summary(memory_floats=10**400)),
+        json.dumps(summary(accuracy=[[10**400]])),
+        json.dumps(summary(backward_transfer=1e300)),
+        json.dumps(summary(network={"fingerprint": ["a"]})),
+        json.dumps(summary(network="MLP")),
         json.dumps(summary(epochs=[2.5])),
         json.dumps(summary(title="GPM")),  # without saying whether it uses the task's identity
         json.dumps(summary(data={"kind": "real", "sources": {"cifar100": None}})),
