@@ -14,6 +14,7 @@ from gradproj.errors import InputError
 SomeOptions = TypeVar("SomeOptions", bound="Options")
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 LARGEST = 3.4e38  # of any number: float32 has none beyond
+LARGEST_WHOLE = 2**31 - 1  # of any count: products of two still fit into 64 bits
 
 
 class MethodType(Protocol):
@@ -339,6 +340,8 @@ def _check_bounds(field: dataclasses.Field, value: Any) -> None:
         _require(fine, field.name, number, _interval(above, minimum, below, maximum))
         if isinstance(number, float):
             _require(abs(number) <= LARGEST, field.name, number, f"a number of at most {LARGEST:g}")
+        elif below is None:
+            _require(number <= LARGEST_WHOLE, field.name, number, f"a whole number of at most {LARGEST_WHOLE:,}")
 
 
 def _interval(above: float | None, minimum: float | None, below: float | None, maximum: float | None) -> str:

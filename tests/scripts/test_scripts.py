@@ -225,6 +225,10 @@ BAD = {
     "threshold of later tasks below 0": ("--threshold 0.1 --threshold_step -0.2", "is -0.1; it must be positive"),
     "threshold of some layers": ("--threshold 0.9 0.9", "threshold has 2 values; give one, or one for each of the"),
     "no epochs": ("--n_epochs 0", "n_epochs is 0; it must be positive"),
+    "more epochs than anybody counts": (
+        f"--n_epochs {2**31}",
+        "n_epochs is 2147483648; it must be a whole number of at most 2,147,483,647",
+    ),
     "negative epochs": ("--n_epochs -3", "n_epochs is -3; it must be positive"),
     "no training batch": ("--batch_size_train 0", "batch_size_train is 0; it must be positive"),
     "negative test batch": ("--batch_size_test -1", "batch_size_test is -1; it must be positive"),
