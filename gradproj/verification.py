@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -86,35 +86,19 @@ def verification(memory: Memory, snapshot: Snapshot, forward: Forward, batch: An
         forward, batch, mask: as in `verify`.
     """
     model, layers, names = memory.model, memory.layers, parameter_names(memory.model)
-    run, which = runner(forward, model), masks(mask, batch)
     there, resized = current(model), snapshot.resized(model)
     covered = {names[id(p)] for layer in layers.values() for p in layer.parameters if p is not None}
     if wrong := [name for name in resized if name in covered]:
         raise InputError(f"{', '.join(wrong)} had another shape when it was remembered, so nothing can be compared")
     before = {name: value for name, value in snapshot.values.items() if name not in resized}
     now = {name: value.detach().clone() for name, value in there.items() if name in before}
-    changes = {name: difference(layer, names, now, before) for name, layer in layers.items()}
-    generator, parameters = torch.Generator().manual_seed(0), set(names.values())
-    rounded = {
-        name: _rounded(value, now[name], max(1, snapshot.steps), generator)
-        for name, value in before.items()
-        if name in parameters
-    }
-    noise = {name: difference(layer, names, rounded, before) for name, layer in layers.items()}
-    found: dict[str, Movement] = {}
-    roundings: list[float] = []  # of one output, by what layers compute in
-
-    def use(layer: Layer, function: Any, arguments: Mapping[str, Any]) -> None:
-        roundings.append(torch.finfo(_computed_in(layer)).eps / 2)
-        for inputs in layer.inputs(function, arguments):
-            seen = layer.seen(inputs, function, arguments)
-            movement = _movement(memory, layer, seen, changes[layer.name], noise[layer.name])
-            if layer.name not in found or movement.moved > found[layer.name].moved:
-                found[layer.name] = movement
-
-    def result() -> list[Tensor]:
-        with torch.random.fork_rng(devices):  # so that each pass draws the same random numbers
-            return list(outputs(run(batch), which))
+    rounded = _as_rounded({name: before[name] for name in names.values() if name in before}, now, snapshot.steps)
+    movements = _Movements(
+        memory,
+        changes={name: difference(layer, names, now, before) for name, layer in layers.items()},
+        noise={name: difference(layer, names, rounded, before) for name, layer in layers.items()},
+    )
+    result = _repeatable(runner(forward, model), batch, masks(mask, batch), there.values())
 
     def matters(names: Sequence[str]) -> bool:
         with put(model, {name: before.get(name, torch.zeros(())) for name in names}):
@@ -123,11 +107,10 @@ def verification(memory: Memory, snapshot: Snapshot, forward: Forward, batch: An
     others = [name for name, v in now.items() if name not in covered and not torch.equal(v, before[name].to(v))]
     others = [name for name in others if not name.endswith("num_batches_tracked")]
     others += [name for name, known in snapshot.checksums.items() if name in there and checksum(there[name]) != known]
-    devices = sorted({p.device.index for p in there.values() if p.is_cuda})
     with in_eval_mode(model), plain_paths():
         new = result()
         with put(model, before):
-            with Uses(layers.values(), use):
+            with Uses(layers.values(), movements):
                 old = result()
             with put(model, rounded):
                 shaken = result()
@@ -135,9 +118,48 @@ def verification(memory: Memory, snapshot: Snapshot, forward: Forward, batch: An
     if not old:
         raise InputError("forward returns no floating-point tensors to compare; give a function that returns some")
     length = size(old) or 1.0
-    moved = size([a - b for a, b in zip(new, old, strict=True)]) / length
-    by_weights = size([a - b for a, b in zip(shaken, old, strict=True)]) / length
-    return Verification(moved, ROUNDINGS * max(by_weights, *roundings, 0.0), found, others)
+    moved, by_weights = (size([a - b for a, b in zip(some, old, strict=True)]) / length for some in (new, shaken))
+    explained = ROUNDINGS * max(by_weights, *movements.roundings, 0.0)
+    return Verification(moved, explained, movements.found, others)
+
+
+@dataclass
+class _Movements:
+    """How far each layer has moved, measured while the network runs as it was (`Uses`).
+
+    Attributes:
+        memory: whose bases.
+        changes, noise: by layer name, of weight and bias: how they have moved, and what rounding alone would have done.
+        found: by layer name; of a layer that is applied several times, where it moved most.
+        roundings: of one output, by what layers compute in.
+    """
+
+    memory: Memory
+    changes: Mapping[str, Sequence[Tensor | None]]
+    noise: Mapping[str, Sequence[Tensor | None]]
+    found: dict[str, Movement] = field(default_factory=dict)
+    roundings: list[float] = field(default_factory=list)
+
+    def __call__(self, layer: Layer, function: Any, arguments: Mapping[str, Any]) -> None:
+        self.roundings.append(torch.finfo(_computed_in(layer)).eps / 2)
+        for inputs in layer.inputs(function, arguments):
+            seen = layer.seen(inputs, function, arguments)
+            movement = _movement(self.memory, layer, seen, self.changes[layer.name], self.noise[layer.name])
+            if layer.name not in self.found or movement.moved > self.found[layer.name].moved:
+                self.found[layer.name] = movement
+
+
+def _repeatable(
+    run: Callable[[Any], Any], batch: Any, mask: Tensor | None, tensors: Iterable[Tensor]
+) -> Callable[[], list[Tensor]]:
+    """A forward on a batch that draws the same random numbers each time, on the devices of some tensors."""
+    devices = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
+
+    def result() -> list[Tensor]:
+        with torch.random.fork_rng(devices):
+            return list(outputs(run(batch), mask))
+
+    return result
 
 
 @torch.no_grad()
@@ -222,33 +244,36 @@ def _movement(
         seen: by it, block by block.
         change, noise: of weight and bias: how they have moved, and what rounding alone would have done.
     """
-    parameters, delta, shaken = (
+    weights, delta, shaken = (
         [None if p is None else p.to(layer.device).double() for p in given]
         for given in (layer.parameters, change, noise)
     )
-    moved, inside, rounding, whole, held, energy = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    found = []
     for block in seen:
         for key, columns in block.items():
             basis = memory.bases[key].to(columns.device)
-            if basis.ndim == 1:  # an embedding: rows that were looked up
-                assert parameters[0] is not None and delta[0] is not None and shaken[0] is not None
-                looked_up = torch.isin(columns, basis)
-                moved += delta[0][columns].square().sum().item()
-                inside += delta[0][columns[looked_up]].square().sum().item()
-                rounding += shaken[0][columns].square().sum().item()
-                whole += parameters[0][columns].square().sum().item()
-                held, energy = held + looked_up.sum().item(), energy + len(columns)
-                continue
-            columns = columns.double()
-            part = basis @ (basis.T @ columns)
-            moved += (_rows_of(layer, key, delta) @ columns).square().sum().item()
-            inside += (_rows_of(layer, key, delta) @ part).square().sum().item()
-            rounding += (_rows_of(layer, key, shaken) @ columns).square().sum().item()
-            whole += (_rows_of(layer, key, parameters) @ columns).square().sum().item()
-            held, energy = held + part.square().sum().item(), energy + columns.square().sum().item()
+            if basis.ndim == 1:  # an embedding
+                found.append(_of_looked_up(columns, basis, weights[0], delta[0], shaken[0]))
+            else:
+                matrices = (_rows_of(layer, key, parameters) for parameters in (weights, delta, shaken))
+                found.append(_of_columns(columns.double(), basis, *matrices))
+    whole, moved, inside, rounding, energy, held = map(sum, zip(*found, strict=True)) if found else [0.0] * 6
     outside = max(0.0, 1 - held / energy) ** 0.5 if energy else 0.0
     scale = whole**0.5 or 1.0
     return Movement(moved**0.5 / scale, inside**0.5 / scale, ROUNDINGS * rounding**0.5 / scale, outside)
+
+
+def _of_columns(X: Tensor, M: Tensor, W: Tensor, change: Tensor, noise: Tensor) -> tuple[float, ...]:
+    """Squares of ‖W X‖, ‖ΔW X‖, its part inside M, what noise makes of X, ‖X‖, and its part inside M."""
+    held = M @ (M.T @ X)
+    return tuple(x.square().sum().item() for x in (W @ X, change @ X, change @ held, noise @ X, X, held))
+
+
+def _of_looked_up(rows: Tensor, known: Tensor, W: Any, change: Any, noise: Any) -> tuple[float, ...]:
+    """The same of an embedding, whose inputs are unit vectors: all rows looked up, and the known ones among them."""
+    held = rows[torch.isin(rows, known)]
+    squares = (x.square().sum().item() for x in (W[rows], change[rows], change[held], noise[rows]))
+    return (*squares, len(rows), len(held))
 
 
 def _computed_in(layer: Layer) -> torch.dtype:
@@ -262,21 +287,24 @@ def _rows_of(layer: Layer, key: str, parameters: Sequence[Tensor | None]) -> Ten
     return layer.rows(*parameters).chunk(layer.groups)[layer.keys.index(key) % layer.groups]
 
 
-def _rounded(value: Tensor, now: Tensor, steps: int, generator: torch.Generator) -> Tensor:
-    """A tensor as so many roundings leave it: each entry off by half an ulp in a random direction, a step.
+def _as_rounded(before: Mapping[str, Tensor], now: Mapping[str, Tensor], steps: int) -> dict[str, Tensor]:
+    """Parameters as so many steps leave them by rounding alone: each entry off by half an ulp in a random direction.
 
     Args:
-        value: as it was.
-        now: as it is; a rounding is of the larger of both.
+        before: as they were, by name.
+        now: as they are; a rounding is of the larger of both.
         steps: how many roundings.
-        generator: of the directions.
     """
-    if not value.is_floating_point():
-        return value
-    size = torch.finfo(value.dtype).eps / 2 * steps**0.5
-    noise = torch.empty(value.shape).uniform_(-1, 1, generator=generator).double()
-    noise *= size * torch.maximum(value.abs(), now.abs().to(value)).double()
-    return (value.double() + noise).to(value.dtype)
+    generator = torch.Generator().manual_seed(0)
+    rounded = {}
+    for name, value in before.items():
+        rounded[name] = value
+        if value.is_floating_point():
+            size = torch.finfo(value.dtype).eps / 2 * max(1, steps) ** 0.5
+            noise = torch.empty(value.shape).uniform_(-1, 1, generator=generator).double()
+            noise *= size * torch.maximum(value.abs(), now[name].abs().to(value)).double()
+            rounded[name] = (value.double() + noise).to(value.dtype)
+    return rounded
 
 
 @contextmanager

@@ -95,6 +95,46 @@ class TestVerify:
         assert verified.layers["2"].inside > verified.layers["2"].explained
         assert verified.layers["0"].moved == 0
 
+    def test_rows_of_an_embedding(self):
+        """Of four rows that are looked up, two are known; of those that moved, one is."""
+        memory = GradientProjectionMemory(table := nn.Embedding(9, 3))
+        memory.update(table, [torch.tensor([1, 2])], threshold=1.0)
+        with torch.no_grad():
+            table.weight.fill_(1.0)
+            memory.replace(memory.bases)
+            table.weight[[2, 3, 4]] += 1e-3
+        found = memory.verify(table, torch.tensor([1, 2, 3, 8])).layers[""]
+        assert found.moved == pytest.approx((2 / 4) ** 0.5 * 1e-3, rel=1e-4)
+        assert found.inside == pytest.approx((1 / 4) ** 0.5 * 1e-3, rel=1e-4)
+        assert found.outside == pytest.approx(0.5**0.5)
+
+    @pytest.mark.parametrize("order", [(1, 100), (100, 1)])
+    def test_of_a_layer_that_is_applied_twice_where_it_moved_most(self, order):
+        layer = nn.Linear(D, 3)
+        memory = GradientProjectionMemory(layer)
+
+        def forward(x):
+            return sum(layer(x * torch.cat([torch.ones(D - 1), torch.ones(1) * by])) for by in order)
+
+        memory.update(forward, [OLD + 1], threshold=0.5)
+        with torch.no_grad():
+            layer.weight[:, -1] += 1e-3
+        apart = [
+            memory.verify(lambda x, by=by: layer(x * torch.cat([torch.ones(D - 1), torch.ones(1) * by])), OLD + 1)
+            for by in (1, 100)
+        ]
+        found = memory.verify(forward, OLD + 1).layers[""].moved
+        assert found == max(each.layers[""].moved for each in apart) > min(each.layers[""].moved for each in apart)
+
+    def test_an_unprotected_parameter_of_another_shape(self):
+        model = mlp()
+        model.scale = nn.Parameter(torch.ones(1))
+        with pytest.warns(UserWarning, match="^not protected"):
+            memory = remembering(model)
+        model.scale = nn.Parameter(torch.ones(2))
+        verified = memory.verify(model, OLD)
+        assert verified.others == ["scale"] and not verified.holds
+
     def test_leaves_the_model_as_it_is(self):
         memory = remembering(model := mlp())
         before = copy.deepcopy(model.state_dict())
