@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from engine import hardware
 from engine.experiment import EPOCHS
 from engine.interrupts import ending_with_parent
 from engine.record import read_summary, scores_in_words
@@ -72,11 +73,18 @@ class Outcome:
     failed: list[Job] = field(default_factory=list)
 
 
-def is_finished(job: Job) -> bool:
+def is_finished(job: Job, commit: str | None) -> bool:
     """Whether the job's folder holds the summary of this very run, with nothing left to do. Where that is not certain,
-    as with images from another folder, the script itself has to look."""
+    as with images from another folder or code that has changed since, the script itself has to look.
+
+    Args:
+        job: the run.
+        commit: of the code, as `engine.hardware.commit` gives it.
+    """
     summary = read_summary(job.folder)
     if summary is None or "--no_resume" in job.command:
+        return False
+    if commit is None or commit.endswith("+") or summary.get("commit") != commit:
         return False
     wanted = plain(job.hyperparameters)
     return all(summary["hyperparameters"].get(name) == value for name, value in wanted.items())
@@ -93,14 +101,14 @@ def run_jobs(jobs: Sequence[Job], n_at_once: int, threads: int, cluster: Cluster
     Raises:
         KeyboardInterrupt: after all of them were stopped.
     """
-    outcome, waiting, running = Outcome(), list(jobs), []
+    outcome, waiting, running, commit = Outcome(), list(jobs), [], hardware.commit()
     environment = {"OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}  # of the logs
     total = tqdm(total=len(jobs), desc="runs", unit="run", position=0, dynamic_ncols=True, **_screen())
     try:
         while waiting or running:
             while waiting and len(running) < n_at_once:
                 job = waiting.pop(0)
-                if is_finished(job):
+                if is_finished(job, commit):
                     say(f"{job.name}: finished before, {job.folder}")
                     outcome.folders.append(job.folder)
                     total.update()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine import hardware
 from methods import METHODS
 from report.published import SUCCESSORS
 from sweep import __main__ as sweep
@@ -32,8 +33,14 @@ time.sleep(seconds)
     "benchmark": "pmnist", "method": "gpm", "variant": "default", "seed": 1, "device": "cpu", "finished": True,
     "data": {"kind": "embedded"}, "average_accuracy": 90.0, "backward_transfer": -1.0, "accuracy": [[90.0]],
     "seconds": {"total": 1.0}, "hyperparameters": {"n_tasks": 2, "threshold": [0.9]},
+    "commit": "c0ffee",
 }))
 """
+
+
+@pytest.fixture
+def at_a_commit(monkeypatch):
+    monkeypatch.setattr(jobs.hardware, "commit", lambda: "c0ffee")
 
 
 def fake_job(tmp_path, name, seconds=0.0, code=FAKE):
@@ -211,6 +218,7 @@ def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, capsys):
     assert "first: ACC 90.00 %, BWT -1.00" in said and "first: 1 of 2 tasks learned\n" in said
 
 
+@pytest.mark.usefixtures("at_a_commit")
 def test_a_finished_run_is_not_run_again(tmp_path, capsys):
     job = fake_job(tmp_path, "once")
     jobs.run_jobs([job], 1, 1)
@@ -222,6 +230,7 @@ def test_a_finished_run_is_not_run_again(tmp_path, capsys):
     assert (tmp_path / "once/began").exists()
 
 
+@pytest.mark.usefixtures("at_a_commit")
 def test_a_finished_run_of_other_hyperparameters_is_not_taken_for_the_one_asked_for(tmp_path):
     job = fake_job(tmp_path, "once")
     jobs.run_jobs([job], 1, 1)
@@ -234,10 +243,18 @@ def test_a_finished_run_of_other_hyperparameters_is_not_taken_for_the_one_asked_
 def test_a_finished_run_is_looked_at_again_where_its_images_may_be_others(tmp_path, changed):
     job = fake_job(tmp_path, "a")
     jobs.run_jobs([job], 1, 1)
-    assert jobs.is_finished(job)
+    assert jobs.is_finished(job, "c0ffee")
     other = job._replace(hyperparameters=job.hyperparameters | changed)
-    assert jobs.is_finished(other) is not bool(changed)
-    assert not jobs.is_finished(job._replace(command=(*job.command, "--no_resume")))
+    assert jobs.is_finished(other, "c0ffee") is not bool(changed)
+    assert not jobs.is_finished(job._replace(command=(*job.command, "--no_resume")), "c0ffee")
+
+
+@pytest.mark.parametrize("commit", ["decaf", "c0ffee+", None])
+def test_a_finished_run_is_looked_at_again_where_the_code_may_be_other(tmp_path, commit):
+    """A network edited since is another experiment, which its script refuses to take for this one."""
+    job = fake_job(tmp_path, "a")
+    jobs.run_jobs([job], 1, 1)
+    assert not jobs.is_finished(job, commit)
 
 
 def test_jobs_know_where_their_images_are():
@@ -305,7 +322,10 @@ def test_two_runs_end_with_one_table_and_pictures(tmp_path):
         assert ["GPM" in table[0], "naive" in table[1]] == [True, True]
         pictures = [Path(line.strip()) for line in done.stdout.splitlines() if line.endswith(".png")]
         assert len(pictures) >= 6 and all(path.exists() for path in pictures)
-    assert done.stdout.count("finished before") == 2
+    commit = hardware.commit()
+    assert done.stdout.count("finished before") == (0 if commit is None or commit.endswith("+") else 2)
+    logs = (tmp_path / "logs").iterdir()
+    assert all(("finished already" in log.read_text()) == ("finished before" not in done.stdout) for log in logs)
     alone = ["--data", "embedded", *flags[:-1], str(tmp_path / "alone"), "--quiet"]
     subprocess.run([sys.executable, "main_pmnist.py", *alone], cwd=ROOT, check=True, capture_output=True, timeout=300)
     (single,), (swept,) = (
