@@ -16,6 +16,7 @@ from engine.classes import describe, describe_model
 from engine.contract import check_instance
 from engine.files import write_json, write_text
 from engine.folder import (
+    DIVERGED,
     forget,
     hold,
     keep_weights,
@@ -38,7 +39,7 @@ from engine.task import Benchmark, batches, join
 from engine.testing import Tester
 from engine.training import train_task
 from gradproj import normalization
-from gradproj.errors import InputError, one_line
+from gradproj.errors import DivergenceError, InputError, one_line
 from gradproj.interference import interference
 
 CHECKPOINT_SECONDS = 60  # within a task, save at most this often, so that short runs pay nothing
@@ -141,6 +142,7 @@ class Run:
         try:
             self.announce()
             write_json(self.folder / "config.json", self.config())
+            (self.folder / DIVERGED).unlink(missing_ok=True)
             self.write_epochs()
             for t in [options.n_tasks - 1] if self.method.joint else range(self.position, options.n_tasks):
                 if t >= self.position:
@@ -148,6 +150,9 @@ class Run:
         except Stopped:
             self.save()
             self.progress.say(f"stopped; the same command continues from {self.folder}")
+            raise
+        except DivergenceError as error:
+            write_text(self.folder / DIVERGED, f"{error}\n")
             raise
         except InputError:
             leave_nothing(self.folder)

@@ -23,7 +23,8 @@ from gradproj.files import is_ours, load_tensors, save_tensors
 NEXT, NEWEST, RESERVE = "checkpoint-next.pt", "checkpoint.pt", "checkpoint-previous.pt"  # NEXT only while saving
 LOCK, HOLDER = ".lock", ".holder"
 KEPT = "weights-{}.pt"  # of the network after a task, numbered from 0, with --keep each
-OUTPUTS = ("config.json", "epochs.jsonl", "summary.json", "accuracy.csv", "accuracy.png", "memory.png")
+DIVERGED = "divergence.txt"
+OUTPUTS = ("config.json", "epochs.jsonl", "summary.json", "accuracy.csv", "accuracy.png", "memory.png", DIVERGED)
 
 
 def run_folder(options: Options, method: MethodType, benchmark: str, data: str) -> Path:

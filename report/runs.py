@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from engine.folder import DIVERGED
 from engine.record import load_summary
 from gradproj.errors import InputError
 
@@ -26,7 +27,7 @@ class Problem(NamedTuple):
     """A run that gives no numbers, or a path where there is none."""
 
     path: Path
-    status: str  # "unfinished", "damaged" or "missing"
+    status: str  # "unfinished", "diverged", "damaged" or "missing"
     reason: str
 
 
@@ -77,11 +78,21 @@ def read_run(file: Path) -> Run | Problem:
     summary, fault = load_summary(file) if file.exists() else ({"finished": False}, "")
     if fault:
         return Problem(folder, "damaged", f"{file.name}: {fault}")
+    if not summary["finished"] and (reason := divergence_of(folder)):
+        return Problem(folder, "diverged", reason)
     if not summary["finished"]:
         return Problem(
             folder, "unfinished", f"{position_of(folder) or 'no summary.json'}; the same command continues it"
         )
     return Run(folder, summary)
+
+
+def divergence_of(folder: Path) -> str:
+    """Where a run's loss stopped being finite; empty where it did not."""
+    try:
+        return " ".join((folder / DIVERGED).read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return ""
 
 
 def position_of(folder: Path) -> str:

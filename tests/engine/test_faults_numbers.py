@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from engine.folder import NEWEST
+from engine.folder import DIVERGED, NEWEST
 from engine.seeds import generator
 from engine.task import Benchmark, Split, Task
 from gradproj import GradientProjectionMemory
@@ -60,12 +60,14 @@ class TestDivergence:
                 with pytest.raises(DivergenceError, match="task 2, epoch 1, step"):
                     small_run(tmp_path / "run")
                 states.append((tmp_path / "run" / NEWEST).read_bytes())
+                assert "task 2, epoch 1, step" in (tmp_path / "run" / DIVERGED).read_text()
         assert states[0] == states[1]
         with pytest.raises(InputError, match="lr 0.2 there, 0.1 here"):
             small_run(tmp_path / "run", lr=0.1)
         assert small_run(tmp_path / "other", lr=0.1)["finished"]
         small_run(tmp_path / "run")
         assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+        assert not (tmp_path / "run" / DIVERGED).exists()
 
     def test_in_the_very_last_step_without_validation(self, tmp_path):
         """No loss is measured after it: the weights tell."""

@@ -67,6 +67,16 @@ def test_unfinished_runs_are_listed_with_their_position(tmp_path, capsys):
     assert f"unfinished: {folder} (begun: task 1/2, epoch 7" in capsys.readouterr().out
 
 
+def test_diverged_runs_are_listed_with_where(tmp_path, capsys):
+    folder = write(tmp_path / "wild")
+    (folder / "divergence.txt").write_text("the loss is no longer finite: task 2\n")
+    assert report.main([str(tmp_path)]) == 0  # finished since, as its summary says
+    assert "diverged" not in capsys.readouterr().out
+    (folder / "summary.json").unlink()
+    assert report.main([str(tmp_path)]) == 0
+    assert f"diverged: {folder} (the loss is no longer finite: task 2)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", ["absent", "."])
 def test_bad_input_is_one_line(tmp_path, path, capsys):
     assert report.main([str(tmp_path / path)]) == 2
