@@ -49,6 +49,7 @@ class Running:
     process: subprocess.Popen | RemoteProcess
     bar: tqdm
     position: int  # of the bar on the screen
+    log_start: int  # bytes of its log that earlier starts wrote
     started: float = field(default_factory=time.monotonic)
     size: int = -1  # of its epochs.jsonl when that was read last
     task: int = 0  # the last that it has begun
@@ -130,12 +131,13 @@ def run_jobs(jobs: Sequence[Job], n_at_once: int, threads: int, cluster: Cluster
 
 
 def start(job: Job, environment: dict[str, str], running: Sequence[Running], cluster: Cluster | None) -> Running:
-    """Start a job, its output going to its log."""
+    """Start a job, its output added to its log."""
     taken = {member.position for member in running}
     position = next(i for i in range(1, len(taken) + 2) if i not in taken)
     try:
         job.log.parent.mkdir(parents=True, exist_ok=True)
-        with job.log.open("w", encoding="utf-8") as log:
+        with job.log.open("a", encoding="utf-8") as log:
+            log_start = log.tell()
             if cluster:
                 process = cluster.start(job.command, job.log, environment)
             else:  # in this process's group, so that Ctrl-C reaches it too
@@ -153,7 +155,7 @@ def start(job: Job, environment: dict[str, str], running: Sequence[Running], clu
     found = position_of(job.folder)
     say(f"{job.name}: started, log {job.log}" + (f", {found}" if found else ""))
     bar = tqdm(total=1, desc=job.name, unit="epoch", position=position, leave=False, dynamic_ncols=True, **_screen())
-    return Running(job, process, bar, position)
+    return Running(job, process, bar, position, log_start)
 
 
 def show(member: Running) -> None:
@@ -179,7 +181,7 @@ def conclude(member: Running, code: int, outcome: Outcome) -> None:
         outcome.folders.append(job.folder)
         return
     outcome.failed.append(job)
-    lines = job.log.read_text(errors="replace").splitlines()
+    lines = job.log.read_bytes()[member.log_start :].decode(errors="replace").splitlines()
     last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
     say(f"{job.name}: FAILED with exit code {code} after {seconds}: {last}")
 

@@ -218,6 +218,15 @@ def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, capsys):
     assert "first: ACC 90.00 %, BWT -1.00" in said and "first: 1 of 2 tasks learned\n" in said
 
 
+def test_a_log_keeps_what_earlier_starts_said(tmp_path, capsys):
+    first = fake_job(tmp_path, "a", code="print('learned for hours'); raise SystemExit(3)")
+    jobs.run_jobs([first], 1, 1)
+    assert "FAILED with exit code 3 after 0 s: learned for hours" in capsys.readouterr().out
+    jobs.run_jobs([fake_job(tmp_path, "a", code="raise SystemExit(9)")], 1, 1)
+    assert "FAILED with exit code 9 after 0 s: it said nothing" in capsys.readouterr().out
+    assert first.log.read_text() == "learned for hours\n"
+
+
 @pytest.mark.usefixtures("at_a_commit")
 def test_a_finished_run_is_not_run_again(tmp_path, capsys):
     job = fake_job(tmp_path, "once")
