@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from gradproj.errors import InputError
 from gradproj.layers.base import Layer
 
 # What gives the same numbers, perhaps in another precision or place.
@@ -84,6 +86,11 @@ class Uses(TorchFunctionMode):
             weight, bias = layer.all_parameters
             known = given[0] is weight and (arguments.get(call.bias) is None or given[1] is bias)
             if known and layer.understands(arguments):
+                if any(map(is_functorch_wrapped_tensor, _tensors((), arguments))):
+                    raise InputError(
+                        f"layer {layer.name or '(the model)'} runs within a transform of torch.func (vmap, grad, …), "
+                        "where its inputs cannot be read; give a forward without"
+                    )
                 self.on_use(layer, func, arguments)
                 explained |= {id(weight), id(bias)}
         return explained

@@ -39,6 +39,18 @@ class TestHalfPrecision:
         assert learned.verified.holds
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # by vmap
+@pytest.mark.parametrize("transformed", [torch.func.vmap, lambda layer: torch.func.grad(lambda x: layer(x).sum())])
+def test_a_forward_within_a_transform_is_refused(transformed):
+    layer = nn.Linear(D, 3)
+    memory = GradientProjectionMemory(layer)
+    message = r"^layer \(the model\) runs within a transform of torch.func .*; give a forward without$"
+    for look in (memory.check, lambda *given: memory.update(*given, threshold=1.0)):
+        with pytest.raises(InputError, match=message):
+            look(transformed(layer), OLD)
+    assert memory.n_updates == 0
+
+
 def test_a_forward_in_inference_mode():
     model = mlp()
     memory = GradientProjectionMemory(model)
