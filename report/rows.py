@@ -31,7 +31,7 @@ class Row:
     accuracy: Estimate
     backward_transfer: Estimate | None
     valid_accuracy: Estimate | None  # over all tasks after the last one: what hyperparameters are chosen by
-    seconds: float
+    seconds: float  # of a run: the median, which one run on a busy machine does not move
     hardware: str
     forward_transfer: Estimate | None = None  # where runs of single networks are at hand
     class_incremental: Estimate | None = None  # over all tasks after the last one, where all runs measured it
@@ -198,7 +198,7 @@ def _row(key: tuple, found: list[Run]) -> Row:
         backward_transfer=None if None in transfers else estimate(transfers),
         valid_accuracy=None if None in validation else estimate(validation),
         class_incremental=None if None in class_incremental else estimate(class_incremental),
-        seconds=statistics.fmean(run.summary["seconds"]["total"] for run in runs),
+        seconds=statistics.median(run.summary["seconds"]["total"] for run in runs),
         hardware="; ".join(dict.fromkeys(tidy_hardware(run.summary["device"]) for run in runs)),
         published=PUBLISHED.get((benchmark, method)) if data == "real" else None,
         notes=remarks,

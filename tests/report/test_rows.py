@@ -100,6 +100,13 @@ def test_notes_are_numbered_under_the_table_and_keep_rows_apart(tmp_path):
     assert f"[1] {note}" in text and "GPM [1]" in text
 
 
+def test_the_time_of_a_row_is_the_median(tmp_path):
+    for seed, seconds in ((1, 2088.0), (2, 482.0), (3, 447.0)):
+        write(tmp_path / f"seed-{seed}", seed=seed, seconds={"total": seconds})
+    (row,) = rows_of(tmp_path)
+    assert row.seconds == 482.0
+
+
 def test_null_backward_transfer_is_a_dash(tmp_path):
     rows = rows_of(write(tmp_path / "run", method="multitask", backward_transfer=None))
     (line,) = csv.DictReader(io.StringIO(tables.as_csv(rows, [])))
