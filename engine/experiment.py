@@ -106,7 +106,7 @@ class Run:
             raise InputError(f"batchnorm is task, but {type(model).__name__} has no BatchNorm; leave the flag out")
         self.tasks = RunTasks(benchmark, method, self.device)
         self.folder = run_folder(self.options, type(method), benchmark.name, benchmark.data)
-        self.network, self.initial = fingerprint.of_network(model), fingerprint.of_initial(model)
+        self.network, self.initial = fingerprint.of_network(model, method.given_frozen), fingerprint.of_initial(model)
         self.frozen = fingerprint.frozen_parameters(model)  # outside `learning`, which freezes for its own time
         self.position = 0  # tasks learned
         self.task_progress: TaskProgress | None = None  # of the task at hand
@@ -152,7 +152,8 @@ class Run:
             self.progress.say(f"stopped; the same command continues from {self.folder}")
             raise
         except DivergenceError as error:
-            write_text(self.folder / DIVERGED, f"{error}\n")
+            with suppress(InputError):  # that it cannot be written is the lesser news
+                write_text(self.folder / DIVERGED, f"{error}\n")
             raise
         except InputError:
             leave_nothing(self.folder)
@@ -320,7 +321,8 @@ class Run:
         for name in KEPT:
             setattr(self, name, state[name])
         for name, p in self.method.model.named_parameters():
-            p.requires_grad_(name not in self.frozen)
+            if p.requires_grad == (name in self.frozen):
+                p.requires_grad_(not p.requires_grad)
         self.commits = list(dict.fromkeys(self.commits + commits))
         self.devices = list(dict.fromkeys(self.devices + devices))
         unmeasured = [[None] * self.options.n_tasks] * self.position

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,14 +67,17 @@ def _listed(classes: Sequence[str | int]) -> str:
     return ", ".join(map(str, classes[:10])) + (", …" if len(classes) > 10 else "")
 
 
-def of_network(model: nn.Module) -> dict[str, Any]:
-    """A network's class, its weights by name with shape, dtype and whether they are frozen, its innermost modules with
-    their settings."""
+def of_network(model: nn.Module, frozen: Iterable[str] = ()) -> dict[str, Any]:
+    """A network's class, its weights by name with shape and dtype, its innermost modules with their settings.
+
+    Args:
+        model: the network.
+        frozen: its parameters that it came with frozen.
+    """
     weights = {name: described(value) for name, value in model.state_dict().items()}
-    weights |= {name: f"{weights[name]} frozen" for name in frozen_parameters(model) if name in weights}
     inner = {name: module for name, module in model.named_modules() if not list(module.children())}
     modules = {name: re.sub(r" at 0x\w+", "", repr(module)) for name, module in inner.items()}  # addresses change
-    return {"class": describe(type(model)), "weights": weights, "modules": modules}
+    return {"class": describe(type(model)), "weights": weights, "modules": modules, "frozen": sorted(frozen)}
 
 
 def described(value: Tensor) -> str:
@@ -88,7 +91,8 @@ def frozen_parameters(model: nn.Module) -> list[str]:
 
 
 def network_digest(network: Mapping[str, Any]) -> str:
-    """A checksum of what `of_network` gave."""
+    """A checksum of what `of_network` gave; where nothing is frozen that of older versions, which did not record it."""
+    network = {name: value for name, value in network.items() if name != "frozen" or value}
     return hashlib.blake2b(json.dumps(network, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -101,6 +105,10 @@ def network_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> s
             there, here = found[kind].get(name, "not"), wanted[kind].get(name, "not")
             if there != here:
                 return f"{name} {there} there, {here} here"
+    for name in found["weights"] if "frozen" in found else ():  # older versions did not record it
+        there, here = ("frozen" if name in network["frozen"] else "trained" for network in (found, wanted))
+        if there != here:
+            return f"{name} {there} there, {here} here"
     return ""
 
 

@@ -14,9 +14,10 @@ from torch import nn
 from engine.classes import find, make_model
 from engine.evaluation import network_for
 from engine.folder import load_checkpoint, weights_after
-from engine.method import OWN, Method
+from engine.method import Method
 from engine.options import Options, with_flags
 from engine.record import read_summary
+from engine.state import OWN
 from gradproj import GradientProjectionMemory
 from gradproj.errors import InputError, one_line
 from gradproj.normalization import Statistics

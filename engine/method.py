@@ -55,6 +55,7 @@ class Method:
         state: names of the attributes that a continued run needs: tensors, parameters, generators, plain values, a
             GradientProjectionMemory, and lists and dicts of these. Replace tensors instead of changing them in place.
         given: the names of the model's parameters as it came, before a method adds some of its own.
+        given_frozen: those of them that were frozen.
         memory: the bases, of methods that have some.
         projectors: by layer name, while learning.
         lr: of the epoch at hand.
@@ -89,6 +90,7 @@ class Method:
         self.refuse(self.options)
         self.lr = self.options.lr
         self.given = frozenset(name for name, _ in model.named_parameters())
+        self.given_frozen = frozenset(name for name, p in model.named_parameters() if not p.requires_grad)
         self.task_modules = task_modules(model, self.options.n_tasks)
         if reason := why_not(type(self), many_heads=bool(self.task_modules)):
             found = "a head for each task" if self.task_modules else "one for all"
@@ -161,19 +163,16 @@ class Method:
     def weights(self) -> dict[str, Tensor]:
         """A copy of all that training moves: the model's state and buffers, and the method's own parameters."""
         own = enumerate(state.parameters({name: getattr(self, name) for name in self.state}))
-        all_weights = self.model.state_dict() | {f"{OWN}{i}": p.detach() for i, p in own}
-        all_weights |= {f"{BUFFER}{name}": value for name, value in state.unsaved_buffers(self.model).items()}
-        return {name: value.clone() for name, value in all_weights.items()}
+        all_weights = self.model.state_dict() | {f"{state.OWN}{i}": p.detach() for i, p in own}
+        return {name: value.clone() for name, value in (all_weights | state.unsaved_buffers(self.model)).items()}
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Put `weights` back."""
-        self.model.load_state_dict({name: value for name, value in weights.items() if not name.startswith(OWN)})
+        self.model.load_state_dict(state.of_network(weights))
+        state.put_buffers(self.model, weights)
         for i, p in enumerate(state.parameters({name: getattr(self, name) for name in self.state})):
-            p.copy_(weights[f"{OWN}{i}"])
-        for name in state.unsaved_buffers(self.model):
-            if f"{BUFFER}{name}" in weights:  # older versions kept none
-                state.put_buffer(self.model, name, weights[f"{BUFFER}{name}"])
+            p.copy_(weights[f"{state.OWN}{i}"])
 
     def precision(self, device: torch.device) -> torch.autocast:
         """A context in which a forward pass runs as --amp says."""
@@ -202,10 +201,6 @@ class Method:
     def shared_layers(self) -> dict[str, Layer]:
         """The layers that all tasks share, by name."""
         return find_layers(self.model, exclude=self.task_module_names)
-
-
-OWN = "method:"  # the beginning of the names of those weights that the network's own state lacks: a method's
-BUFFER = f"{OWN}buffer "  # parameters, by number, and the network's buffers that are not persistent
 
 
 def why_not(method: type[Method], many_heads: bool) -> str | None:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from engine import fingerprint
 from engine.folder import NEWEST, keep_weights, load_checkpoint, run_folder, weights_after
-from engine.method import OWN, Method
+from engine.method import Method
 from engine.run_tasks import RunTasks
 from engine.same import changed_sets, method_difference, plain
+from engine.state import of_network
 from engine.task import Benchmark
 from gradproj.errors import InputError
 
@@ -129,7 +130,7 @@ def lengthened(state: State, folder: Path, wanted: State, n_tasks: int) -> State
         wanted: what this run's state would be before its first task.
         n_tasks: of this run.
     """
-    there = {name for name in state["model"] if not name.startswith(OWN)}
+    there = of_network(state["model"]).keys()
 
     def filled(value: Any, begun: Any) -> Any:
         """The same with the new modules in every dict with a tensor for each weight, such as a copy of the network: as
@@ -145,12 +146,12 @@ def lengthened(state: State, folder: Path, wanted: State, n_tasks: int) -> State
         return value
 
     rows = {part: [[*row, *[None] * (n_tasks - len(row))] for row in rows] for part, rows in state["accuracy"].items()}
-    first = state["first"] or weights_after(0, folder, state) or {}  # a finished run lets it go
-    made_of = {name: wanted[name] for name in ("network", "initial")}
+    first = state["first"] or of_network(weights_after(0, folder, state) or {})  # a finished run lets it go
+    frozen = [*state.get("frozen", ()), *(name for name in wanted["frozen"] if name not in there)]
+    made_of = {name: wanted[name] for name in ("network", "initial")} | {"frozen": frozen}
     return filled({**state, "first": first}, wanted) | made_of | {"accuracy": rows, "interference": None}
 
 
 def with_new(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A shorter run's weights and, where it has none, this one's at its beginning, in this network's order."""
-    filled = {name: weights.get(name, value) for name, value in own.items() if not name.startswith(OWN)}
-    return filled | {name: value for name, value in weights.items() if name.startswith(OWN)}
+    return {name: weights.get(name, value) for name, value in of_network(own).items()} | weights

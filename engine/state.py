@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from gradproj.errors import InputError
 
+OWN = "method:"  # the beginning of the names, among a network's weights, of a method's own parameters
+BUFFER = "buffer:"  # and of the buffers that the network's own state leaves out
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)  # what a checkpoint reads back
 
 
@@ -109,20 +111,30 @@ def parameters(value: Any) -> list[nn.Parameter]:
     return [tensor for tensor in tensors(value) if isinstance(tensor, nn.Parameter)]
 
 
+def of_network(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of what training moves (`Method.weights`), what the network's own state holds."""
+    return {name: value for name, value in weights.items() if not name.startswith((OWN, BUFFER))}
+
+
 def unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """A network's buffers that its own state leaves out (`persistent=False`), by name."""
+    """A network's buffers that its own state leaves out (`persistent=False`), under their names among its weights."""
     saved = model.state_dict()
-    return {name: value for name, value in model.named_buffers() if name not in saved}
+    return {f"{BUFFER}{name}": value for name, value in model.named_buffers() if name not in saved}
 
 
-def put_buffer(model: nn.Module, name: str, value: Tensor) -> None:
-    """Give a buffer its value back, in place unless it has grown."""
-    current = model.get_buffer(name)
-    if current.shape == value.shape:
-        current.copy_(value)
-    else:
-        module, _, name = name.rpartition(".")
-        setattr(model.get_submodule(module), name, value.to(current.device))
+def put_buffers(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a network's unsaved buffers the values that they have among its weights: in place, unless the network makes
+    a buffer anew or has none yet. What is not among them stays as it is; older versions kept none."""
+    device = next(model.parameters()).device
+    for name, value in weights.items():
+        if name.startswith(BUFFER):
+            owner, _, leaf = name.removeprefix(BUFFER).rpartition(".")
+            module = model.get_submodule(owner)
+            current = module._buffers.get(leaf)
+            if current is not None and current.shape == value.shape and current.is_contiguous():
+                current.copy_(value)
+            else:
+                module.register_buffer(leaf, value.to(device, copy=True), persistent=False)
 
 
 def count(value: Any) -> int:

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradproj.errors import InputError
 from gradproj.layers import Layer
 from gradproj.layers.embedding import EmbeddingLayer
-from gradproj.layers.uses import Uses, plain_paths
+from gradproj.layers.uses import Uses, plain_paths, read_inputs
 from gradproj.representation import Representation, SeenRows
 
 FAST_SIZE = 512  # inputs from which a layer's products are worth halving
@@ -105,18 +104,12 @@ class Gatherer:
         return result
 
     def _see(self, layer: Layer, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-        for x in layer.inputs(function, arguments):
-            if x.is_nested:
-                raise InputError(
-                    f"layer {layer.name} is given a NestedTensor; give padded batches, and a mask of what counts"
-                )
-            if x.layout is not torch.strided:
-                raise InputError(f"layer {layer.name or 'the model'} is given a sparse tensor; give dense ones")
+        given = read_inputs(layer, function, arguments)
         if self._uses.running:
             hosts = self.hosts.setdefault(layer.name, [])
             if self._uses.running[-1] not in hosts:
                 hosts.append(self._uses.running[-1])
-        for inputs in layer.inputs(function, arguments):
+        for inputs in given:
             self._take(layer, inputs, function, arguments)
 
     def _take(self, layer: Layer, inputs: Tensor, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:

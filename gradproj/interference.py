@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradproj.batches import in_eval_mode
 from gradproj.layers import Layer
-from gradproj.layers.uses import Uses, plain_paths
+from gradproj.layers.uses import Uses, plain_paths, read_inputs
 from gradproj.snapshot import difference, parameter_names
 
 # Bins of ΔW x, in units of the root mean square of the layer's old output W x; the outer ones take all beyond.
@@ -40,6 +40,7 @@ def interference(
     usual: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def compare(layer: Layer, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+        read_inputs(layer, function, arguments)  # refused where they cannot be read
         # Not the module's output: a method may have a hook that changes that, as HAT's gates do.
         moved[layer.name] += [y.flatten() for y in layer.outputs(function, arguments, *change[layer.name])]
         usual[layer.name] += [y.flatten() for y in layer.outputs(function, arguments, *layer.parameters)]

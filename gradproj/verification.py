@@ -15,7 +15,7 @@ from gradproj.distributed import checksum
 from gradproj.errors import InputError
 from gradproj.inspection import Memory, aligned
 from gradproj.layers import Layer, kept_modules
-from gradproj.layers.uses import Uses, plain_paths
+from gradproj.layers.uses import Uses, plain_paths, read_inputs
 from gradproj.projection import size
 from gradproj.snapshot import Snapshot, current, difference, parameter_names
 
@@ -142,7 +142,7 @@ class _Movements:
 
     def __call__(self, layer: Layer, function: Any, arguments: Mapping[str, Any]) -> None:
         self.roundings.append(torch.finfo(_computed_in(layer)).eps / 2)
-        for inputs in layer.inputs(function, arguments):
+        for inputs in read_inputs(layer, function, arguments):
             seen = layer.seen(inputs, function, arguments)
             movement = _movement(self.memory, layer, seen, self.changes[layer.name], self.noise[layer.name])
             if layer.name not in self.found or movement.moved > self.found[layer.name].moved:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -86,11 +86,6 @@ class Uses(TorchFunctionMode):
             weight, bias = layer.all_parameters
             known = given[0] is weight and (arguments.get(call.bias) is None or given[1] is bias)
             if known and layer.understands(arguments):
-                if any(map(is_functorch_wrapped_tensor, _tensors((), arguments))):
-                    raise InputError(
-                        f"layer {layer.name or '(the model)'} runs within a transform of torch.func (vmap, grad, …), "
-                        "where its inputs cannot be read; give a forward without"
-                    )
                 self.on_use(layer, func, arguments)
                 explained |= {id(weight), id(bias)}
         return explained
@@ -121,6 +116,22 @@ class Uses(TorchFunctionMode):
             hook.remove()
         self._filters.__exit__(*error)
         return super().__exit__(*error)
+
+
+def read_inputs(layer: Layer, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Sequence[Tensor]:
+    """A layer's inputs in a call of one of its functions; raises InputError where their values cannot be read."""
+    inputs, name = layer.inputs(function, arguments), layer.name or "the model"
+    for x in inputs:
+        if x.is_nested:
+            raise InputError(f"layer {name} is given a NestedTensor; give padded batches, and a mask of what counts")
+        if x.layout is not torch.strided:
+            raise InputError(f"layer {name} is given a sparse tensor; give dense ones")
+        if is_functorch_wrapped_tensor(x):
+            raise InputError(
+                f"layer {name} runs within a transform of torch.func (vmap, grad, …), where its inputs cannot be read; "
+                "give a forward that uses none"
+            )
+    return inputs
 
 
 @contextmanager
