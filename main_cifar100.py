@@ -30,7 +30,9 @@ class Hyperparameters(Options):
     benchmark = "cifar100"
 
     n_tasks: int = flag(10, "tasks of ten classes each, the first so many")
-    class_order_seed: int | None = flag(None, "shuffles which classes meet in a task; default the natural order")
+    class_order_seed: int | None = flag(
+        None, "shuffles which classes meet in a task; default the natural order", minimum=0, below=2**63
+    )
     n_epochs: int = flag(200, "epochs of each task, at most; the plateau schedule ends most tasks sooner")
     batch_size_train: int = flag(64, "images in a training batch")
     batch_size_test: int = flag(64, "images in a validation or test batch: BatchNorm uses its statistics")

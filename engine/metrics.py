@@ -10,6 +10,11 @@ from collections.abc import Sequence
 AccuracyMatrix = Sequence[Sequence[float | None]]
 
 
+def n_tasks(accuracy: AccuracyMatrix) -> int:
+    """How many tasks a matrix is of; of joint training older versions kept the last row alone."""
+    return max(len(accuracy), *map(len, accuracy))
+
+
 def average_accuracy(accuracy: AccuracyMatrix) -> float:
     """ACC: the mean over all tasks of the accuracy after the last one (paper Eq. 10), percent."""
     last = accuracy[-1]
@@ -23,8 +28,8 @@ def backward_transfer(accuracy: AccuracyMatrix) -> float | None:
     """
     if learned_jointly(accuracy):
         return None
-    last, n_tasks = accuracy[-1], len(accuracy)
-    changes = [last[j] - accuracy[j][j] for j in range(n_tasks - 1)]
+    last = accuracy[-1]
+    changes = [last[j] - accuracy[j][j] for j in range(len(accuracy) - 1)]
     return sum(changes) / len(changes) if changes else 0.0
 
 
@@ -35,8 +40,8 @@ def forgetting(accuracy: AccuracyMatrix) -> float | None:
     """
     if learned_jointly(accuracy):
         return None
-    n_tasks = len(accuracy)
-    drops = [max(accuracy[i][j] for i in range(j, n_tasks - 1)) - accuracy[-1][j] for j in range(n_tasks - 1)]
+    before = range(len(accuracy) - 1)
+    drops = [max(accuracy[i][j] for i in before[j:]) - accuracy[-1][j] for j in before]
     return sum(drops) / len(drops) if drops else 0.0
 
 

@@ -332,13 +332,15 @@ def _is_a(kind: type, value: Any) -> bool:
 def _check_bounds(field: dataclasses.Field, value: Any) -> None:
     """Raise InputError where a number, or one of several, is out of its field's bounds or beyond float32's."""
     above, minimum, below, maximum = map(told(field)["bounds"].get, ("above", "minimum", "below", "maximum"))
+    usual = default_of(inherited(field))
+    is_float = isinstance(usual[0] if isinstance(usual, tuple) else usual, float)
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             continue
         fine = (above is None or number > above) and (minimum is None or number >= minimum)
         fine = fine and (below is None or number < below) and (maximum is None or number <= maximum)
         _require(fine, field.name, number, _interval(above, minimum, below, maximum))
-        if isinstance(number, float):
+        if isinstance(number, float) or is_float:
             _require(abs(number) <= LARGEST, field.name, number, f"a number of at most {LARGEST:g}")
         elif below is None:
             _require(number <= LARGEST_WHOLE, field.name, number, f"a whole number of at most {LARGEST_WHOLE:,}")
@@ -355,7 +357,8 @@ def _interval(above: float | None, minimum: float | None, below: float | None, m
 
 def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
     if not condition:
-        raise InputError(f"{name} is {value}; it must be {wanted}")
+        shown = str(value)
+        raise InputError(f"{name} is {shown if len(shown) <= 80 else f'{shown[:40]}…'}; it must be {wanted}")
 
 
 def hyperparameters(options: Options, method: MethodType) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def upgraded(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 LARGEST = 1e100  # of a summary's numbers: their squares stay finite
-# What a summary may leave out, or have as null.
+# Plain values that a summary may leave out, or have as null.
 OPTIONAL = {"commit": str, "place": int, "versions": dict}
 
 
@@ -127,6 +127,7 @@ def fault(summary: dict[str, Any]) -> str:
     columns, sizes, interference, network = (
         summary.get(key) or {} for key in ("memory_columns", "memory_input_sizes", "interference", "network")
     )
+    accuracy = summary.get("accuracy")
     checks = {
         **{key: isinstance(summary.get(key), str) for key in ("benchmark", "method", "variant", "device")},
         "seed": isinstance(summary.get("seed"), int),
@@ -137,19 +138,23 @@ def fault(summary: dict[str, Any]) -> str:
         "average_accuracy": _is_number(summary.get("average_accuracy")),
         "backward_transfer": summary.get("backward_transfer", "") is None
         or _is_number(summary.get("backward_transfer")),
-        "accuracy": _is_matrix(summary.get("accuracy")),
-        **{key: _is_matrix(summary.get(key) or [[None]]) for key in ("valid_accuracy", "class_incremental")},
+        "accuracy": _is_matrix(accuracy),
+        **{
+            key: not summary.get(key) or _are_of_one_size(summary[key], accuracy)
+            for key in ("valid_accuracy", "class_incremental")
+        },
         **{key: isinstance(summary.get(key), (kind, type(None))) for key, kind in OPTIONAL.items()},
         "memory_floats": summary.get("memory_floats") is None or _are_counts([summary["memory_floats"]]),
         "memory_columns": isinstance(columns, dict) and all(map(_are_counts, columns.values())),
         "memory_input_sizes": isinstance(sizes, dict)
         and _are_counts(list(sizes.values()))
-        and all(name in sizes for name in (columns if isinstance(columns, dict) else ())),
+        and all(sizes.values())
+        and (not sizes or all(name in sizes for name in (columns if isinstance(columns, dict) else ()))),
         "interference": isinstance(interference, dict) and all(map(_is_interference, interference.values())),
         "network": isinstance(network, dict) and isinstance(network.get("fingerprint", ""), str),
         "epochs": _are_counts(summary.get("epochs") or []),
         "tasks": isinstance(tasks, list) and all(isinstance(t, dict) and type(t.get("name")) is str for t in tasks),
-        "seconds": isinstance(seconds, dict) and _is_number(seconds.get("total")),
+        "seconds": isinstance(seconds, dict) and "total" in seconds and all(map(_is_number, seconds.values())),
         "title": isinstance(summary.get("title", ""), str),
         "task_identity": "title" not in summary or isinstance(summary.get("task_identity"), bool),
     }
@@ -170,6 +175,10 @@ def _is_matrix(value: Any) -> bool:
     return bool(rows) and all(
         isinstance(row, list) and row and all(x is None or _is_number(x) for x in row) for row in rows
     )
+
+
+def _are_of_one_size(value: Any, other: Any) -> bool:
+    return _is_matrix(value) and _is_matrix(other) and metrics.n_tasks(value) == metrics.n_tasks(other)
 
 
 def _is_interference(value: Any) -> bool:

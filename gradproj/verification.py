@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,7 @@ def verification(memory: Memory, snapshot: Snapshot, forward: Forward, batch: An
     if not old:
         raise InputError("forward returns no floating-point tensors to compare; give a function that returns some")
     length = size(old) or 1.0
-    moved, by_weights = (size([a - b for a, b in zip(some, old, strict=True)]) / length for some in (new, shaken))
+    moved, by_weights = (size([a - b for a, b in zip(y, old, strict=True)]) / length for y in (new, shaken))
     explained = ROUNDINGS * max(by_weights, *movements.roundings, 0.0)
     return Verification(moved, explained, movements.found, others)
 
@@ -248,7 +248,7 @@ def _movement(
         [None if p is None else p.to(layer.device).double() for p in given]
         for given in (layer.parameters, change, noise)
     )
-    found = []
+    found: list[Squares] = []
     for block in seen:
         for key, columns in block.items():
             basis = memory.bases[key].to(columns.device)
@@ -257,23 +257,39 @@ def _movement(
             else:
                 matrices = (_rows_of(layer, key, parameters) for parameters in (weights, delta, shaken))
                 found.append(_of_columns(columns.double(), basis, *matrices))
-    whole, moved, inside, rounding, energy, held = map(sum, zip(*found, strict=True)) if found else [0.0] * 6
-    outside = max(0.0, 1 - held / energy) ** 0.5 if energy else 0.0
-    scale = whole**0.5 or 1.0
-    return Movement(moved**0.5 / scale, inside**0.5 / scale, ROUNDINGS * rounding**0.5 / scale, outside)
+    total = Squares(*map(sum, zip(*found, strict=True))) if found else Squares(0, 0, 0, 0, 0, 0)
+    outside = max(0.0, 1 - total.held / total.inputs) ** 0.5 if total.inputs else 0.0
+    scale = total.outputs**0.5 or 1.0
+    moved, inside, rounding = (x**0.5 / scale for x in (total.moved, total.inside, total.rounding))
+    return Movement(moved, inside, ROUNDINGS * rounding, outside)
 
 
-def _of_columns(X: Tensor, M: Tensor, W: Tensor, change: Tensor, noise: Tensor) -> tuple[float, ...]:
-    """Squares of ‖W X‖, ‖ΔW X‖, its part inside M, what noise makes of X, ‖X‖, and its part inside M."""
+class Squares(NamedTuple):
+    """Of some inputs X, with what rounding alone makes of ΔW as N: ‖W X‖², ‖ΔW X‖², ‖ΔW M Mᵀ X‖², ‖N X‖², ‖X‖² and
+    ‖M Mᵀ X‖²."""
+
+    outputs: float
+    moved: float
+    inside: float
+    rounding: float
+    inputs: float
+    held: float
+
+
+def _of_columns(X: Tensor, M: Tensor, W: Tensor, change: Tensor, noise: Tensor) -> Squares:
     held = M @ (M.T @ X)
-    return tuple(x.square().sum().item() for x in (W @ X, change @ X, change @ held, noise @ X, X, held))
+    return Squares(*map(_square, (W @ X, change @ X, change @ held, noise @ X, X, held)))
 
 
-def _of_looked_up(rows: Tensor, known: Tensor, W: Any, change: Any, noise: Any) -> tuple[float, ...]:
-    """The same of an embedding, whose inputs are unit vectors: all rows looked up, and the known ones among them."""
+def _of_looked_up(rows: Tensor, known: Tensor, W: Any, change: Any, noise: Any) -> Squares:
+    """Of an embedding, whose inputs are unit vectors: all rows looked up, and the known ones among them."""
     held = rows[torch.isin(rows, known)]
-    squares = (x.square().sum().item() for x in (W[rows], change[rows], change[held], noise[rows]))
-    return (*squares, len(rows), len(held))
+    moved, inside = _square(change[rows]), _square(change[held])
+    return Squares(_square(W[rows]), moved, inside, _square(noise[rows]), len(rows), len(held))
+
+
+def _square(x: Tensor) -> float:
+    return x.square().sum().item()
 
 
 def _computed_in(layer: Layer) -> torch.dtype:

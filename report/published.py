@@ -109,8 +109,8 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     # From the first version of the GPM paper, three runs, no deviations given.
     ("pmnist", "ogd"): Published(Estimate(82.73, None, 3), Estimate(-14, None, 3), source=GPM_FIRST),
     ("pmnist", "gem"): Published(Estimate(83.55, None, 3), Estimate(-14, None, 3), source=GPM_FIRST),
-    # Five orders of the tasks, from Table 1 of the API paper (Liang and Li, CVPR 2023). Made with the released code,
-    # whose images for this benchmark are scrambled (docs/differences.md).
+    # Five orders of the tasks, from Table 1 of the API paper (Liang and Li, CVPR 2023). Presumably made with the
+    # released code, whose images for this benchmark are scrambled (docs/differences.md).
     ("cifar100_superclass", "gpm"): _scrambled(57.7, 0.7, -1.2, 0.4),
     ("cifar100_superclass", "dual_gpm"): _scrambled(57.6, 0.7),
     ("cifar100_superclass", "trgp"): _scrambled(58.2, 0.2, -1.7, 0.5),

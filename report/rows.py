@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
-from engine.metrics import average_accuracy, forward_transfer, learned, learned_jointly
+from engine.metrics import average_accuracy, forward_transfer, learned, learned_jointly, n_tasks
 from engine.options import Options, short, told
 from report.published import BENCHMARKS, ORDER, PUBLISHED, Estimate, Published, reproduced
 from report.runs import Run
@@ -86,7 +86,7 @@ def order_of(run: Run) -> int | None:
 
 def n_tasks_of(run: Run) -> int:
     """How many tasks a run learned."""
-    return len(run.summary["accuracy"][-1])
+    return n_tasks(run.summary["accuracy"])
 
 
 def runs_in_words(runs: Sequence[Run]) -> str:
@@ -144,7 +144,7 @@ def summarise(runs: Sequence[Run], join_orders: bool = True) -> list[Row]:
 def _alike(key: tuple, runs: list[Run]) -> dict[tuple, list[Run]]:
     """Runs of one variant parted where their hyperparameters differ all the same, since a script's defaults were
     changed between them; the variants then name what differs."""
-    options = [{"n_tasks": n_tasks_of(run), **run.summary.get("hyperparameters", {})} for run in runs]
+    options = [run.summary.get("hyperparameters", {}) | {"n_tasks": n_tasks_of(run)} for run in runs]
     names = sorted(set.intersection(*map(set, options)) - NO_PART_OF_A_ROW)
     of_methods = {method.partition("_")[0] for method in ORDER} - {key[3].partition("_")[0]}
     names = [name for name in names if name.partition("_")[0] not in of_methods]  # an old file has other methods' flags

@@ -1,4 +1,4 @@
-"""Finished runs read from any set of folders; the unfinished and the damaged ones listed beside them."""
+"""Finished runs read from any set of folders; unfinished, diverged and damaged ones listed beside them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
     Args:
         paths: run folders, folders that hold them at any depth, or summary files.
     Returns:
-        finished runs; and the ones that are unfinished or damaged, and the paths without any; each in path order.
+        finished runs; and those that are unfinished, diverged or damaged, and paths without any; each in path order.
     Raises:
         InputError: there is no run under any of them.
     """

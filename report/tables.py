@@ -202,7 +202,7 @@ def _latex(text: str) -> str:
 
 
 def as_csv(rows: Sequence[Row], problems: Sequence[Problem], validation: bool = True) -> str:
-    """Every number, unrounded; unfinished and damaged runs are rows without numbers."""
+    """Every number, unrounded; runs that are not finished, or damaged, are rows without numbers."""
 
     def numbers(estimate: Estimate | None, name: str) -> dict[str, Any]:
         return {name: estimate and estimate.mean, f"{name}_std": estimate and estimate.std}

@@ -1,1 +1,1 @@
-"""Raw images: the array cache, and the downloads that fill it."""
+"""Raw images: the array cache, the downloads that fill it, and image files of one's own."""

@@ -8,26 +8,26 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engine.metrics import AccuracyMatrix
+from engine.metrics import AccuracyMatrix, n_tasks
 from report.plots.style import LABEL, TICK, Look, Looks, label_axes, look, number_tasks, plain, set_title
 
 
 def accuracy_heat_map(accuracy: AccuracyMatrix, title: str) -> Figure:
     """Test accuracy on task j (columns) after learning task i (rows), percent, with the values in the cells."""
     values = as_array(accuracy)
-    n_tasks = len(values)
-    cell = 0.52 if n_tasks <= 12 else 0.42  # inches
-    side = max(2.2, cell * n_tasks)
+    n = len(values)
+    cell = 0.52 if n <= 12 else 0.42  # inches
+    side = max(2.2, cell * n)
     figure = Figure(figsize=(side + 1.9, side + 1.0), layout="constrained")
     axes = figure.add_subplot()
     picture = axes.imshow(values, vmin=0, vmax=100, cmap="viridis")
-    form, size = ("{:.1f}", 9 if n_tasks <= 12 else 8) if n_tasks <= 12 else ("{:.0f}", 9)
+    form, size = ("{:.1f}", 9) if n <= 12 else ("{:.0f}", 9)
     for i, j in np.argwhere(np.isfinite(values)):
         color = "black" if values[i, j] > 60 else "white"
         axes.text(j, i, form.format(values[i, j]), ha="center", va="center", color=color, fontsize=size)
-    number_tasks(axes, n_tasks, "x", every=1)
-    number_tasks(axes, n_tasks, "y", every=1)
-    axes.set_xlim(-0.5, n_tasks - 0.5)
+    number_tasks(axes, n, "x", every=1)
+    number_tasks(axes, n, "y", every=1)
+    axes.set_xlim(-0.5, n - 0.5)
     axes.spines[["top", "right"]].set_visible(False)
     label_axes(axes, "tested on task", "after learning task")
     bar = figure.colorbar(picture, ax=axes, shrink=0.85, pad=0.02)
@@ -52,7 +52,7 @@ def accuracy_over_time(
     width = 9.6
     figure = Figure(figsize=(width, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    n_tasks = max(len(matrix) for seeds in matrices.values() for matrix in seeds)
+    most = max(n_tasks(matrix) for seeds in matrices.values() for matrix in seeds)
     for index, (method, seeds) in enumerate(matrices.items()):
         stack = np.stack([as_array(matrix) for matrix in seeds])  # (seeds, tasks, tasks)
         measured = np.isfinite(stack)
@@ -63,8 +63,8 @@ def accuracy_over_time(
             _curve(axes, curves, method, (looks or {}).get(method, look(None, index)))
     for axes, name in zip(panels, ("Task 1", "Average of the tasks so far"), strict=True):
         axes.set_title(name, fontsize=LABEL)
-        number_tasks(axes, n_tasks, "x")
-        axes.set_xlim(-0.3, max(n_tasks - 0.7, 0.3))
+        number_tasks(axes, most, "x")
+        axes.set_xlim(-0.3, max(most - 0.7, 0.3))
         plain(axes)
         label_axes(axes, "tasks learned", "")
     panels[0].set_ylabel("test accuracy, %", fontsize=LABEL)
@@ -83,11 +83,11 @@ def mean_matrix(matrices: Sequence[AccuracyMatrix]) -> list[list[float | None]]:
 
 def as_array(accuracy: AccuracyMatrix) -> np.ndarray:
     """(tasks, tasks), NaN where nothing was measured; a short or missing row is filled up."""
-    n_tasks = max(len(accuracy), *(len(row) for row in accuracy))
-    values = np.full((n_tasks, n_tasks), np.nan)
+    n = n_tasks(accuracy)
+    values = np.full((n, n), np.nan)
     for i, row in enumerate(accuracy):
         # One row alone is that after the last task: of joint training, say.
-        place = n_tasks - 1 if len(accuracy) == 1 else i
+        place = n - 1 if len(accuracy) == 1 else i
         values[place, : len(row)] = [np.nan if value is None else value for value in row]
     return values
 

@@ -108,8 +108,8 @@ def draw_comparison(rows: Sequence[Row], save: Save) -> None:
         heading = title.replace(" data)", f" data), {name}, {words}", 1)
         save(accuracy_heat_map(mean_matrix(matrices[name]), heading), f"{stem}-{row.method}-accuracy")
         columns = mean_columns([run.summary.get("memory_columns") or {} for run in row.runs])
-        if columns:
-            sizes = row.runs[0].summary["memory_input_sizes"]
+        sizes = row.runs[0].summary.get("memory_input_sizes")
+        if columns and sizes:
             save(memory_growth(columns, sizes, heading), f"{stem}-{row.method}-memory")
 
 

@@ -38,6 +38,9 @@ from tests.report.written import rows_of, summary, write
         json.dumps(summary(interference={"conv1": {"ratio": None, "counts": [0] * 101}})),
         json.dumps(summary(interference={"conv1": 0.1})),
         json.dumps(summary(memory_columns=5)),
+        json.dumps(summary(memory_input_sizes={"conv1": 0})),
+        json.dumps(summary(class_incremental=[[50.0]])),  # of one task, where the accuracy is of two
+        json.dumps(summary(seconds={"total": 1.0, "train": "x"})),
         json.dumps(summary(memory_floats=10**400)),
         json.dumps(summary(accuracy=[[10**400]])),
         json.dumps(summary(backward_transfer=1e300)),

@@ -131,12 +131,18 @@ def test_runs_of_different_networks_are_drawn_by_what_they_share(tmp_path, names
 
 
 def test_runs_of_different_numbers_of_tasks_are_rows_of_their_own(tmp_path):
-    write(tmp_path / "a", average_accuracy=80.0)
+    write(tmp_path / "a", average_accuracy=80.0, hyperparameters={"n_tasks": 7})  # whatever is said there
     longer = [[90.0, None, None], [80.0, 70.0, None], [70.0, 60.0, 50.0]]
     write(tmp_path / "b", seed=2, accuracy=longer, class_incremental=longer, memory_columns={"conv1": [3, 5, 6]})
     rows = rows_of(tmp_path)
     assert [(row.variant, row.seeds) for row in rows] == [("n_tasks=2", [1]), ("n_tasks=3", [2])]
     assert figures.draw(rows, tmp_path / "figures")
+
+
+def test_columns_of_unknown_sizes_have_no_picture(tmp_path):
+    write(tmp_path / "a", memory_input_sizes=None)
+    names = [path.name for path in figures.draw(rows_of(tmp_path), tmp_path / "figures")]
+    assert names and not any("memory" in name for name in names)
 
 
 @pytest.mark.parametrize(
