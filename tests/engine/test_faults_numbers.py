@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from engine import experiment
+from engine.files import write_text
 from engine.folder import DIVERGED, NEWEST
 from engine.seeds import generator
 from engine.task import Benchmark, Split, Task
@@ -68,6 +70,17 @@ class TestDivergence:
         small_run(tmp_path / "run")
         assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
         assert not (tmp_path / "run" / DIVERGED).exists()
+
+    def test_is_told_though_its_note_cannot_be_written(self, tmp_path, monkeypatch):
+        def full(path, text):
+            if path.name == DIVERGED:
+                raise InputError("no space left")
+            write_text(path, text)
+
+        monkeypatch.setattr(experiment, "write_text", full)
+        bad = benchmark()
+        with pytest.raises(DivergenceError, match="task 1, epoch 1, step"):
+            run(options(tmp_path, lr=1e30), Benchmark("maps", "synthetic", bad.tasks), scaled(1e12))
 
     def test_in_the_very_last_step_without_validation(self, tmp_path):
         """No loss is measured after it: the weights tell."""

@@ -17,7 +17,8 @@ import torch
 from dataloader.embedded import render as embedded
 from engine import hardware
 from engine.cli import parse, script
-from engine.options import Options, default_of, defaults, is_read, overridden, variant, with_flags
+from engine.options import Options, check, default_of, defaults, is_read, overridden, variant, with_flags
+from gradproj.errors import InputError
 from methods import METHODS
 from tests import ROOT
 
@@ -209,6 +210,14 @@ def test_denormals_are_zero_in_every_thread():
     code = "import torch; from engine.cli import script; torch.set_num_threads(2); script(lambda _: product())"
     code = "def product(): sys.exit(int((torch.full((10**6,), 1e-20) * 1e-20).any()))\n" + code
     subprocess.run([sys.executable, "-c", f"import sys\n{code}"], cwd=ROOT, check=True)
+
+
+def test_large_weights_and_seeds_are_no_counts():
+    flags = ["--method", "ewc", "--class_order_seed", "20261128000"]
+    options, _ = parse(importlib.import_module("main_cifar100").Hyperparameters, METHODS, flags, None)
+    check(dataclasses.replace(options, ewc_lambda=5_000_000_000))  # as somebody writes it into a script
+    with pytest.raises(InputError, match="^ewc_lambda is 1000.*…; it must be a number of at most 3.4e[+]38$"):
+        check(dataclasses.replace(options, ewc_lambda=10**400))
 
 
 BAD = {
