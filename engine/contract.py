@@ -146,11 +146,15 @@ def check_instance(method: Any) -> None:
 
 
 def declares(method: type, step: str) -> bool:
-    """Whether a class says `plain_step` or `graph_step` of its own step: a subclass that changes a moment of the step
-    has to say it anew."""
+    """Whether a class says `plain_step` or `graph_step` of its own step: one that changes a moment of the step has no
+    plain step, in which no moment is called, and has to say `graph_step` anew."""
     classes = method.__mro__
-    said = next(i for i, each in enumerate(classes) if step in vars(each))
-    changed = any(moment in vars(each) for each in classes[:said] for moment in STEP)
+    if step == "plain_step":
+        root = [each for each in classes if all(moment in vars(each) for moment in STEP)][-1]  # Method
+        changed = any(getattr(method, moment) is not getattr(root, moment) for moment in STEP)
+    else:
+        said = next(i for i, each in enumerate(classes) if step in vars(each))
+        changed = any(moment in vars(each) for each in classes[:said] for moment in STEP)
     return bool(getattr(method, step)) and not changed
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -134,6 +135,9 @@ class Run:
             if "tasks" in finished and not (self.folder / record.MATRIX).exists():  # an older version's names none
                 record.write_matrix(self.folder, finished)
             tell(f"finished already, in {self.folder} (--no_resume runs it again)")
+            for line in self.resume_notes:
+                if line.startswith("note"):
+                    tell(line)
             if options.keep == "each" and not kept_weights(self.folder) and options.n_tasks > 1:
                 tell("note: it did not keep the weights after each task; --no_resume --keep each does")
             print_result(finished)
@@ -282,6 +286,7 @@ class Run:
         finished = record.read_summary(self.folder) if state is None else None
         if finished is not None:  # its checkpoint was deleted, perhaps to save space
             check_same(self.folder, of_summary(self.folder, finished, wanted["hyperparameters"]), wanted, self.tasks)
+            self.resume_notes = other_code([finished.get("commit")], self.commits[0])
             return False
         try:
             if state is not None:
@@ -303,6 +308,7 @@ class Run:
             self.resume_notes = [f"continued from its checkpoint at task {self.position + 1}/{n_tasks}{epoch}"]
             if self.position == n_tasks:
                 self.resume_notes = ["all tasks are learned; the summary is made from the checkpoint"]
+        self.resume_notes += other_code(state.get("commits", ()), wanted["commits"][0])
         if self.initial not in ({}, wanted["initial"]):
             self.resume_notes.append(
                 "note: the network given begins with other weights than this run's, which goes on from its own"
@@ -388,3 +394,16 @@ class Run:
         record.write_summary(self.folder, summary)
         print_result(summary)
         return summary
+
+
+def other_code(made_by: Iterable[str | None], here: str | None) -> list[str]:
+    """What to say where a run was made by other code than there is now.
+
+    Args:
+        made_by: commits, as `hardware.commit` gave them; those of a summary in one text.
+        here: that of the code as it is.
+    """
+    known = [commit for text in made_by for commit in (text or "").split(", ") if commit]
+    if here is None or not known or here in known:
+        return []
+    return [f"note: it was made by the code of {', '.join(known)}, which is at {here} now: what it computes may differ"]

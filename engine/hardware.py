@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import platform
 import subprocess
 import warnings
@@ -87,19 +88,23 @@ def _processor() -> str:
 
 
 def commit() -> str | None:
-    """The commit this code is at, with a + where files have changed since; None outside a git checkout."""
+    """The commit this code is at, with a + and a checksum of what differs from it where Python files were changed or
+    added since; None outside a git checkout."""
+    folder = Path(__file__).parent
+    code = ("--", ":(top)*.py", ":(top,exclude)tests")
+
+    def git(*arguments: str) -> bytes:
+        command = ["git", "-c", "core.quotepath=off", *arguments]
+        return subprocess.run(command, cwd=folder, capture_output=True, timeout=10, check=True).stdout
+
     try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
+        at = git("rev-parse", "--short=12", "HEAD").decode().strip()
+        root = Path(git("rev-parse", "--show-toplevel").decode().strip())
+        added = git("ls-files", "--others", "--exclude-standard", "--full-name", *code).decode().splitlines()
+        changes = [git("diff", "HEAD", *code), *(name.encode() + (root / name).read_bytes() for name in added)]
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
-    return run.stdout.strip()
+    return at + (f"+{hashlib.blake2b(b''.join(changes), digest_size=4).hexdigest()}" if any(changes) else "")
 
 
 def versions() -> dict[str, str]:

@@ -47,8 +47,9 @@ class Method:
         knows_n_tasks: what it does on a task depends on how many there are, so that a run with more tasks cannot go on
             from one with fewer.
         plain_step: a step is SGD on the cross-entropy with projected gradients and nothing else, so that it may be
-            taken by hand-written code. A subclass that changes `loss`, `backward` or `after_step` says it anew.
-        graph_step: a step takes no decision on the host, so that it may be captured as a CUDA graph; likewise.
+            taken by hand-written code. A class that changes `loss`, `backward` or `after_step` has none.
+        graph_step: a step takes no decision on the host, so that it may be captured as a CUDA graph. A subclass that
+            changes one of these says it anew.
         learns_when_full: layers go on learning where every direction of their memory is taken.
         task_identity: at test it uses which task an image is of beyond the choice of a head.
         one_network: the same weights are tested on all tasks, so that their interference can be measured.

@@ -20,6 +20,7 @@ from engine.method import Method
 from engine.seeds import derived_seed, generator
 from engine.task import Split, Task, batches
 
+CHAIN_SCALES = (1.0, 1e-3, 1e3, 1e6)  # of images, at which a chain must be one: activations may bend elsewhere
 WARM_UP_STEPS = 3  # eager steps before a capture: they make cuBLAS and cuDNN allocate and choose what they need
 
 
@@ -58,7 +59,8 @@ def is_plain_sgd(optimizer: torch.optim.Optimizer) -> bool:
 def is_plain_chain(model: nn.Module, optimizer: torch.optim.Optimizer, t: int, images: Tensor) -> bool:
     """Whether a model is the chain of Linear layers and ReLUs that its `relu_chain` says, and all of it is trained.
 
-    Its forward may have been changed since (another activation, dropout), or some of its weights frozen.
+    Its forward may have been changed since (another activation, perhaps one that is alike for small values; dropout),
+    some of its weights frozen, or hooks put on them.
     """
     layers = getattr(model, "relu_chain", None)
     if layers is None or any(layer.bias is not None for layer in layers):
@@ -66,9 +68,16 @@ def is_plain_chain(model: nn.Module, optimizer: torch.optim.Optimizer, t: int, i
     trained = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     if trained != {layer.weight for layer in layers}:
         return False
+    hooked = [p for p in trained if p._backward_hooks or p._post_accumulate_grad_hooks]
+    hooked += [module for module in model.modules() if module._backward_hooks or module._backward_pre_hooks]
+    if hooked:
+        return False
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        logits = chain_outputs([layer.weight for layer in layers], images)[-1]
-        return torch.allclose(model.train()(images, t), logits, rtol=1e-3, atol=1e-5)
+        for scale in CHAIN_SCALES:
+            logits = chain_outputs([layer.weight for layer in layers], scale * images)[-1]
+            if not torch.allclose(model.train()(scale * images, t), logits, rtol=1e-3, atol=1e-5 * scale):
+                return False
+    return True
 
 
 class FusedSteps:

@@ -50,17 +50,18 @@ class Running:
     bar: tqdm
     position: int  # of the bar on the screen
     log_start: int  # bytes of its log that earlier starts wrote
+    finished: dict[str, Any] | None  # the summary that was there before
     started: float = field(default_factory=time.monotonic)
     size: int = -1  # of its epochs.jsonl when that was read last
     task: int = 0  # the last that it has begun
 
     def new_epoch(self) -> dict[str, Any] | None:
         """The last epoch in its folder, if there is a new one."""
+        path = self.job.folder / EPOCHS
+        if (size := _size(path)) == self.size:
+            return None
+        self.size = size
         try:
-            path = self.job.folder / EPOCHS
-            if (size := path.stat().st_size) == self.size:
-                return None
-            self.size = size
             return json.loads(path.read_text(encoding="utf-8").rpartition("\n")[0].rpartition("\n")[2])
         except (OSError, ValueError):  # not there yet, or its last line is only half written
             return None
@@ -85,7 +86,7 @@ def is_finished(job: Job, commit: str | None) -> bool:
     summary = read_summary(job.folder)
     if summary is None or "--no_resume" in job.command:
         return False
-    if commit is None or commit.endswith("+") or summary.get("commit") != commit:
+    if commit is None or summary.get("commit") != commit:
         return False
     wanted = plain(job.hyperparameters)
     return all(summary["hyperparameters"].get(name) == value for name, value in wanted.items())
@@ -132,6 +133,8 @@ def run_jobs(jobs: Sequence[Job], n_at_once: int, threads: int, cluster: Cluster
 
 def start(job: Job, environment: dict[str, str], running: Sequence[Running], cluster: Cluster | None) -> Running:
     """Start a job, its output added to its log."""
+    finished, size = read_summary(job.folder), _size(job.folder / EPOCHS)
+    found = "to see whether what is finished there is this run" if finished else position_of(job.folder)
     taken = {member.position for member in running}
     position = next(i for i in range(1, len(taken) + 2) if i not in taken)
     try:
@@ -152,10 +155,9 @@ def start(job: Job, environment: dict[str, str], running: Sequence[Running], clu
                 )
     except OSError as error:
         raise InputError(f"cannot write {job.log}: {error.strerror or error}; choose another --output_dir") from error
-    found = position_of(job.folder)
     say(f"{job.name}: started, log {job.log}" + (f", {found}" if found else ""))
     bar = tqdm(total=1, desc=job.name, unit="epoch", position=position, leave=False, dynamic_ncols=True, **_screen())
-    return Running(job, process, bar, position, log_start)
+    return Running(job, process, bar, position, log_start, finished, size=size)
 
 
 def show(member: Running) -> None:
@@ -176,12 +178,16 @@ def conclude(member: Running, code: int, outcome: Outcome) -> None:
     """Say how a job ended."""
     member.bar.close()
     job, seconds = member.job, tables.duration(time.monotonic() - member.started)
+    lines = job.log.read_bytes()[member.log_start :].decode(errors="replace").splitlines()
     if code == 0 and (summary := read_summary(job.folder)) is not None:
-        say(f"{job.name}: {scores_in_words(summary)}, {seconds} in all")
+        done = f"finished before, {job.folder}" if summary == member.finished else f"{seconds} in all"
+        say(f"{job.name}: {scores_in_words(summary)}, {done}")
+        for line in lines:
+            if "note: it was made by" in line:
+                say(f"{job.name}: {line}")
         outcome.folders.append(job.folder)
         return
     outcome.failed.append(job)
-    lines = job.log.read_bytes()[member.log_start :].decode(errors="replace").splitlines()
     last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
     say(f"{job.name}: FAILED with exit code {code} after {seconds}: {last}")
 
@@ -205,6 +211,14 @@ def say(text: str) -> None:
     """A line, above the bars."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
+
+
+def _size(path: Path) -> int:
+    """A file's bytes; -1 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _screen() -> dict[str, Any]:

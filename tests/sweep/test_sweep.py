@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine import hardware
 from methods import METHODS
 from report.published import SUCCESSORS
 from sweep import __main__ as sweep
@@ -258,7 +257,7 @@ def test_a_finished_run_is_looked_at_again_where_its_images_may_be_others(tmp_pa
     assert not jobs.is_finished(job._replace(command=(*job.command, "--no_resume")), "c0ffee")
 
 
-@pytest.mark.parametrize("commit", ["decaf", "c0ffee+", None])
+@pytest.mark.parametrize("commit", ["decaf", "c0ffee+decaf", None])
 def test_a_finished_run_is_looked_at_again_where_the_code_may_be_other(tmp_path, commit):
     """A network edited since is another experiment, which its script refuses to take for this one."""
     job = fake_job(tmp_path, "a")
@@ -331,10 +330,7 @@ def test_two_runs_end_with_one_table_and_pictures(tmp_path):
         assert ["GPM" in table[0], "naive" in table[1]] == [True, True]
         pictures = [Path(line.strip()) for line in done.stdout.splitlines() if line.endswith(".png")]
         assert len(pictures) >= 6 and all(path.exists() for path in pictures)
-    commit = hardware.commit()
-    assert done.stdout.count("finished before") == (0 if commit is None or commit.endswith("+") else 2)
-    logs = (tmp_path / "logs").iterdir()
-    assert all(("finished already" in log.read_text()) == ("finished before" not in done.stdout) for log in logs)
+    assert done.stdout.count("finished before") == 2
     alone = ["--data", "embedded", *flags[:-1], str(tmp_path / "alone"), "--quiet"]
     subprocess.run([sys.executable, "main_pmnist.py", *alone], cwd=ROOT, check=True, capture_output=True, timeout=300)
     (single,), (swept,) = (
