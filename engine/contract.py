@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine import state
 from engine.options import Options, default_of, told
 from gradproj import GradientProjectionMemory
 from gradproj.errors import InputError
@@ -143,6 +144,28 @@ def check_instance(method: Any) -> None:
     if not isinstance(method.memory, GradientProjectionMemory | None):
         kind = type(method.memory).__name__
         raise broken(method, f"memory is a {kind}; the name is a GradientProjectionMemory's, so call it otherwise")
+
+
+def check_modules(method: Any, made: Mapping[str, list[str]]) -> None:
+    """Raise InputError where a method's state holds modules that a continued run, which makes it anew, would lack.
+
+    Args:
+        method: as it is by now.
+        made: `state_modules` of it as `__init__` made it.
+    """
+    for place, names in state_modules(method).items():
+        if made.get(place) != names:
+            how = "which has grown since" if place in made else "which __init__ did not make"
+            raise broken(
+                method,
+                f"its state has a module in {place}, {how}, so that a continued run would lack it; keep its "
+                "state_dict() instead, or make it in __init__",
+            )
+
+
+def state_modules(method: Any) -> dict[str, list[str]]:
+    """The modules in a method's state, by where they stand in it."""
+    return state.modules({name: getattr(method, name) for name in method.state})
 
 
 def declares(method: type, step: str) -> bool:

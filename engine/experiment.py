@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from engine import distributed, fingerprint, hardware, record
 from engine.classes import describe, describe_model
-from engine.contract import check_instance
+from engine.contract import check_instance, check_modules, state_modules
 from engine.files import write_json, write_text
 from engine.folder import (
     DIVERGED,
@@ -107,6 +107,7 @@ class Run:
             raise InputError(f"batchnorm is task, but {type(model).__name__} has no BatchNorm; leave the flag out")
         self.tasks = RunTasks(benchmark, method, self.device)
         self.folder = run_folder(self.options, type(method), benchmark.name, benchmark.data)
+        self.state_modules = state_modules(method)
         self.network, self.initial = fingerprint.of_network(model, method.given_frozen), fingerprint.of_initial(model)
         self.frozen = fingerprint.frozen_parameters(model)  # outside `learning`, which freezes for its own time
         self.position = 0  # tasks learned
@@ -191,10 +192,12 @@ class Run:
             self.task_progress = TaskProgress.beginning(self.options)
             self.method.before_task(t, task)
             self.frozen = fingerprint.frozen_parameters(self.method.model)
+            check_modules(self.method, self.state_modules)
         with self.method.learning(t, task):
             train_task(self.method, t, task, self.task_progress, self.epoch_done, began)
         began = time.perf_counter()
         self.method.after_task(t, task)
+        check_modules(self.method, self.state_modules)
         memory_seconds = time.perf_counter() - began
         began = time.perf_counter()
         if self.options.batchnorm == "task":

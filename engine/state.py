@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -68,9 +68,9 @@ def restored(current: Any, value: Any, device: torch.device) -> Any:
     if hasattr(current, "load_state_dict"):
         current.load_state_dict(value)
         return current.to(device) if isinstance(current, nn.Module) else current
-    if dataclasses.is_dataclass(current):
-        before, names = _as_dict(current), {field.name for field in dataclasses.fields(current)}
-        parts = {name: part for name, part in (value or {}).items() if name in names}
+    if dataclasses.is_dataclass(current) or hasattr(current, "_asdict"):
+        before = _as_dict(current)
+        parts = {name: part for name, part in (value or {}).items() if name in before}
         return type(current)(**{name: restored(before[name], part, device) for name, part in parts.items()})
     if isinstance(value, nn.Parameter):
         if isinstance(current, nn.Parameter) and (current.shape, current.device) == (value.shape, device):
@@ -80,13 +80,32 @@ def restored(current: Any, value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        before = current if isinstance(current, Mapping) else {}
-        return {key: restored(before.get(key), part, device) for key, part in value.items()}
+        before = current if isinstance(current, MutableMapping) else {}
+        kept = copy.copy(before)  # of its kind, such as a defaultdict
+        kept.clear()
+        kept.update({key: restored(before.get(key), part, device) for key, part in value.items()})
+        return kept
     if isinstance(value, list):
-        before = current if isinstance(current, (list, tuple)) else []
-        before = [*before, *[None] * len(value)]
-        return [restored(before[i], part, device) for i, part in enumerate(value)]
+        before = [*current, *[None] * len(value)] if isinstance(current, (list, tuple)) else [None] * len(value)
+        parts = [restored(before[i], part, device) for i, part in enumerate(value)]
+        return tuple(parts) if isinstance(current, tuple) else parts
     return value
+
+
+def modules(value: Any, place: str = "") -> dict[str, list[str]]:
+    """The modules in a value, by where they stand in it, each with the names of its state; parameter lists may grow."""
+    if isinstance(value, nn.ParameterList | nn.ParameterDict):
+        return {}
+    if isinstance(value, nn.Module):
+        return {place: sorted(value.state_dict())}
+    value = _as_dict(value)
+    if isinstance(value, Mapping):
+        parts = [modules(part, f"{place}[{key!r}]" if place else str(key)) for key, part in value.items()]
+    elif isinstance(value, (list, tuple)):
+        parts = [modules(part, f"{place}[{i}]") for i, part in enumerate(value)]
+    else:
+        return {}
+    return {name: names for found in parts for name, names in found.items()}
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

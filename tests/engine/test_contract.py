@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict, defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -286,6 +288,55 @@ def test_modules_of_a_methods_own_are_saved_as_they_were(tmp_path):
         loaded = load_run(tiny.run_folder(tmp_path / folder), tiny.Network(), Auxiliary)
         assert torch.equal(loaded.method.aux.weight, method.aux.weight) and len(loaded.method.shifts) == 3
     assert all(map(torch.equal, *found.values()))
+
+
+class Rooms(Method):
+    name, state = "rooms", ("rooms",)
+
+    def __init__(self, model, options):
+        super().__init__(model, options)
+        self.rooms = self.made()
+
+
+def grows(self, t, task):
+    self.rooms.append(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("moment", ["before_task", "after_task"])
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (list, r"a module in rooms\[0\], which __init__ did not make"),
+        (nn.ModuleList, "a module in rooms, which has grown since"),
+    ],
+)
+def test_modules_that_a_continued_run_would_lack_are_refused(tmp_path, moment, made, message):
+    method = kind(Rooms, **{moment: grows, "made": lambda self: made()})
+    with pytest.raises(InputError, match=f"^method mine: its state has {message}, so that a continued run would lack"):
+        run_with(tmp_path, method)
+    if moment == "before_task":
+        assert not list(tmp_path.rglob("config.json"))
+
+
+def test_modules_in_a_list_that_init_makes_are_kept(tmp_path):
+    method = kind(Rooms, made=lambda self: [nn.Linear(1, 1), {"a": nn.Linear(2, 2)}])
+    run_with(tmp_path, method)
+    assert isinstance(load_run(tiny.run_folder(tmp_path), tiny.Network(), method).method.rooms[1]["a"], nn.Linear)
+
+
+class Pair(NamedTuple):
+    one: int
+    other: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "value", [defaultdict(list, a=[1]), OrderedDict(b=1), (1, (2,)), Pair(1, torch.ones(1))], ids=type
+)
+def test_containers_stay_of_their_kind(value):
+    found = state.restored(value, state.saved(value), torch.device("cpu"))
+    assert type(found) is type(value) and found == value
+    if isinstance(value, defaultdict):
+        assert found["new"] == [] and "new" not in value
 
 
 def test_another_class_of_the_same_name_is_another_method(tmp_path):
