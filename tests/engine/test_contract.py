@@ -321,7 +321,8 @@ def test_modules_that_a_continued_run_would_lack_are_refused(tmp_path, moment, m
 def test_modules_in_a_list_that_init_makes_are_kept(tmp_path):
     method = kind(Rooms, made=lambda self: [nn.Linear(1, 1), {"a": nn.Linear(2, 2)}])
     run_with(tmp_path, method)
-    assert isinstance(load_run(tiny.run_folder(tmp_path), tiny.Network(), method).method.rooms[1]["a"], nn.Linear)
+    loaded = load_run(tiny.run_folder(tmp_path), tiny.Network(2), method)
+    assert isinstance(loaded.method.rooms[1]["a"], nn.Linear)
 
 
 class Pair(NamedTuple):
