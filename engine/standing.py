@@ -62,12 +62,15 @@ class TaskProgress:
     Attributes:
         schedule: the learning rate to come.
         epoch: epochs done.
+        lr: what the schedule's rate was in the last of them, which the optimiser's rates at the boundary are for; None
+            where an older version did not say.
         start, weights, best: what training moves when the task began, at the boundary, and at the best validation loss.
         optimizer, method: their states at the boundary.
     """
 
     schedule: Plateau
     epoch: int = 0
+    lr: float | None = None
     start: Weights | None = None
     weights: Weights | None = None
     best: Weights | None = None
@@ -77,7 +80,7 @@ class TaskProgress:
     @classmethod
     def beginning(cls, options: Options) -> TaskProgress:
         """Each task starts again at the initial learning rate."""
-        return cls(Plateau(options.lr, options.lr_min, options.lr_factor, options.lr_patience))
+        return cls(Plateau(options.lr, options.lr_min, options.lr_factor, options.lr_patience), lr=options.lr)
 
     def state_dict(self) -> State:
         """Plain values and tensors only."""

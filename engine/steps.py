@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -223,10 +223,23 @@ def forget_capture() -> None:
     random.graphsafe_set_state(random.clone_state())
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, start: float) -> None:
-    """Give parameter groups the schedule's rate; one that began at another than `start` falls in proportion."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, before: float | None, start: float) -> None:
+    """Give parameter groups the schedule's rate; one that began at another than `start` falls in proportion, and one
+    whose rate a scheduler of the method's own has changed from there.
+
+    Args:
+        optimizer: of the task.
+        lr: of the next epoch.
+        before: of the last one; None where that is not known.
+        start: of the task's first epoch.
+    """
+
+    def usual(group: dict[str, Any], lr: float) -> float:
+        return lr if group["initial_lr"] == start else group["initial_lr"] * (lr / start)
+
     for group in optimizer.param_groups:
-        group["lr"] = lr if group["initial_lr"] == start else group["initial_lr"] * (lr / start)
+        own = before is not None and group["lr"] != usual(group, before)
+        group["lr"] = group["lr"] * (lr / before) if own else usual(group, lr)
 
 
 def seeded_order(method: Method, t: int, epoch: int, labels: Tensor) -> Tensor:

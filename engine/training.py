@@ -46,11 +46,13 @@ def train_task(
         with deferred():
             progress.arrive(method, optimizer)
             progress.start = progress.weights
-    steps = make_steps(method, optimizer, t, task)
+    steps, applied = make_steps(method, optimizer, t, task), progress.lr
     while progress.epoch < options.n_epochs and not (plateau and schedule.finished):
         lr, epoch = schedule.lr, progress.epoch
         method.lr = lr
-        set_learning_rate(optimizer, lr, start=options.lr)
+        if lr != applied:
+            set_learning_rate(optimizer, lr, before=applied, start=options.lr)
+            applied = lr
         train_loss = steps.epoch(seeded_order(method, t, epoch, task.train.labels), lr)
         measure = partial(evaluate, model, t, batch_size=options.batch_size_test)
         valid_loss, valid_accuracy = measure(task.valid) if len(task.valid.labels) else (None, None)
@@ -60,6 +62,7 @@ def train_task(
             raise DivergenceError(find_divergence(method, optimizer, t, task, progress))
         with deferred():
             progress.arrive(method, optimizer)
+            progress.lr = lr
             if plateau and schedule.step(valid_loss):
                 progress.best = progress.weights
             progress.epoch += 1

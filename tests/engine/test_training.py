@@ -1,6 +1,7 @@
 """Learning one task: the schedule, the batches, the best weights, and what randomness may decide."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 
 from engine import experiment
 from engine.evaluation import evaluate
+from engine.interrupts import Stopped
 from engine.method import Method
 from engine.standing import Plateau
 from engine.task import Benchmark, Split, Task, batches
@@ -305,6 +307,48 @@ def test_parameter_groups_keep_their_own_rates_and_fall_with_the_schedule(tmp_pa
     options = tiny.options(tmp_path, method="naive", n_tasks=1, lr=0.4, lr_min=0.15, lr_factor=2, n_epochs=9)
     experiment.run(options, scripted_benchmark, model, TwoRates(model, options))
     assert rates == [[0.4, 0.3], [0.4, 0.3], [0.2, 0.15]]
+
+
+class Decaying(Method):
+    """Takes a tenth of its rate away at every step, beside the schedule."""
+
+    name = "decaying"
+
+    def __init__(self, model, options):
+        super().__init__(model, options)
+        self.rates, self.stops_at = [], None
+
+    def optimizer(self, t, lr):
+        self.sgd = super().optimizer(t, lr)
+        return self.sgd
+
+    def after_step(self, t):
+        self.rates.append(self.sgd.param_groups[0]["lr"])
+        if len(self.rates) == self.stops_at:
+            raise Stopped(2)
+        self.sgd.param_groups[0]["lr"] *= 0.9
+
+
+def test_rates_that_a_method_changes_stay_changed(tmp_path):
+    """From epoch to epoch, and in a run that is stopped in the middle of one."""
+    options = tiny.options(tmp_path, n_tasks=1, schedule="constant", lr=0.4)
+    rates = []
+    for stops_at in (6, None):
+        method = Decaying(tiny.Network(1), options)
+        method.stops_at = stops_at
+        with pytest.raises(Stopped) if stops_at else nullcontext():
+            experiment.run(options, tiny.benchmark(1), method.model, method)
+        rates.append(method.rates)
+    expected = [0.4 * 0.9**i for i in range(12)]
+    assert rates == [pytest.approx(expected[:6]), pytest.approx(expected[4:])]
+
+
+def test_the_schedule_divides_rates_that_a_method_has_changed(tmp_path, scripted_benchmark):
+    model = Scripted([1.0, 1.0, 1.0, 1.0, 0.5])
+    options = tiny.options(tmp_path, method="naive", n_tasks=1, lr=0.4, lr_min=0.15, lr_factor=2, n_epochs=9)
+    method = Decaying(model, options)
+    experiment.run(options, scripted_benchmark, model, method)
+    assert method.rates == pytest.approx([0.4, 0.4 * 0.9, 0.2 * 0.9**2])
 
 
 def test_divergence_is_an_error_that_says_where(tmp_path):
