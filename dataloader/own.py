@@ -95,8 +95,11 @@ def task(
     Raises:
         InputError: the data cannot be read, or have labels that are not among the classes.
     """
+    _check_fractions(pc_valid=pc_valid)
     parts = {"train": stream(train, keys), "test": stream(test, keys)}
     classes = parts["train"].labels.unique().tolist() if classes is None else list(classes)
+    if len(set(classes)) < len(classes):
+        raise InputError(f"{name}: classes are {classes}; each must be there once")
     if valid is None:
         images, labels = parts["train"]
         rows = holdout(len(labels), pc_valid, task_generator(seed, 0, VALIDATION))
@@ -107,6 +110,12 @@ def task(
         part: mixed(Split(split.images, _numbered(split.labels, classes, name))) for part, split in parts.items()
     }
     return Task(name, len(classes), **numbered, classes=tuple(classes if names is None else names))
+
+
+def _check_fractions(**fractions: float) -> None:
+    for name, value in fractions.items():
+        if not 0 <= value < 1:
+            raise InputError(f"{name} is {value}; it must be in [0, 1)")
 
 
 def mixed(split: Split) -> Split:
@@ -153,6 +162,7 @@ def by_class(
     Raises:
         InputError: a class is not there, is named twice, or has no test images.
     """
+    _check_fractions(pc_valid=pc_valid, pc_test=pc_test)
     chosen = [name for group in groups for name in group]
     if not groups or not all(groups):
         raise InputError("a task has no classes; give each at least one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,6 +58,10 @@ def check_tensors(task: Any, t: int, options: Options) -> None:
         _check_split(split, f"{task.name}: {PART_WORDS[part]}", n)
         if part != "valid" and not len(split.labels):
             raise InputError(f"{task.name} has no {PART_WORDS[part]} images; it must have some")
+    if untaught := sorted(set(task.test.labels.tolist()) - set(task.train.labels.tolist())):
+        names = task.classes if task.classes is not None else range(n)
+        which = ", ".join(str(names[c]) for c in untaught[:5]) + (", …" if len(untaught) > 5 else "")
+        warnings.warn(f"{task.name} is tested on class {which} without a training image of it", stacklevel=2)
     if options.schedule == "plateau" and not len(task.valid.labels):
         raise InputError(
             f"schedule is plateau, but {task.name} has no validation images; hold some out or use constant"

@@ -73,7 +73,13 @@ class Usage:
             InputError: it uses a weight that is none of its parameters.
             Exception: whatever the network raises on the images.
         """
-        names = {id(p): name for p, name in zip(lent.parameters(), self.names, strict=True)}
+        parameters = list(lent.parameters())
+        if len(parameters) != len(self.names):
+            raise InputError(
+                f"the network has {len(parameters)} parameters, {len(self.names)} when the run began; parameters of a "
+                "method's own stand in its state, not in the network"
+            )
+        names = dict(zip(map(id, parameters), self.names, strict=True))
         found: set[str] = set()
         for mode in (True, False):
             lent.train(mode)

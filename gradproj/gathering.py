@@ -49,7 +49,9 @@ def gather(
         )
     for key, part in gatherer.seen.items():
         if not part.is_finite:
-            raise DivergenceError(f"the inputs of layer {key} are infinite or NaN: the network has diverged")
+            raise DivergenceError(
+                f"the inputs of layer {key} are infinite or NaN: the network has diverged, or the data are"
+            )
     return gatherer.seen
 
 

@@ -57,7 +57,7 @@ def extend_basis(
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}; it must be in (0, 1]")
     if not representation.is_finite:
-        raise ValueError("the representation has infinite or NaN values: the network has diverged")
+        raise ValueError("the representation has infinite or NaN values: the network has diverged, or the data are so")
     basis = basis.to(representation.device).double()
     room = d - basis.shape[1] if max_columns is None else max(0, max_columns - basis.shape[1])
     energy = representation.energy

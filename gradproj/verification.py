@@ -182,7 +182,7 @@ def what_moved(memory: Memory, layers: Iterable[Layer], snapshot: Snapshot) -> I
         for key in layer.keys:
             inside, length = (x.item() for x in layer.inside(key, memory.bases[key].to(layer.device), *moved))
             if inside > max(LEAK * length, explained):
-                share = f"{100 * inside / length:.2g} % of the movement of {key or 'the model'}"
+                share = f"{100 * inside / length:.3g} % of the movement of {key or 'the model'}"
                 yield layer.name, f"{share} is in remembered directions"
     kept = kept_modules(memory.model, memory.exclude, memory.include)
     protected = {id(p) for layer in memory.layers.values() for p in layer.parameters}

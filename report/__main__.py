@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         runs, problems = find_runs(args.paths)
         rows = summarise(runs)
+        if args.against and not any(args.against in run.summary.get("hyperparameters", {}) for run in runs):
+            raise InputError(f"--against {args.against}: none of these runs has such a hyperparameter")
         if args.html and args.html.is_dir():
             raise InputError(f"--html {args.html} is a folder; give a file such as {args.html / 'report.html'}")
         print(FORMATS[args.format](rows, problems, validation=bool(args.against) or args.format == "csv"), end="")

@@ -7,7 +7,7 @@ import io
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from report.published import BENCHMARKS, Estimate
+from report.published import BENCHMARKS, ORDER, Estimate
 from report.rows import ORDER_OF_TASKS, Row, order_of, runs_in_words
 from report.runs import Problem
 
@@ -32,7 +32,7 @@ def duration(seconds: float) -> str:
 
 def command(row: Row) -> str:
     """The command that makes a row's runs; several where orders of the tasks have different seeds."""
-    if row.benchmark not in BENCHMARKS:  # of a script that is not here
+    if row.benchmark not in BENCHMARKS or row.method not in ORDER:  # of a script that is not here
         return NOTHING
     hyperparameters = row.runs[0].summary.get("hyperparameters", {})
     flags = [] if row.data == "real" else [f"--data {row.data}"]

@@ -320,3 +320,20 @@ def test_groups_of_a_file(tmp_path):
             own.read_groups(path)
     with pytest.raises(InputError, match="cannot read .*no.txt"):
         own.read_groups(tmp_path / "no.txt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pc_valid": 1}, "pc_valid is 1; it must be in .0, 1"),
+        ({"pc_valid": -0.5}, "pc_valid is -0.5"),
+        ({"classes": [0, 1, 1]}, r"mine: classes are \[0, 1, 1\]; each must be there once"),
+    ],
+)
+def test_a_task_of_what_cannot_be(arguments, message):
+    data = torch.zeros(6, 2), torch.tensor([0, 1] * 3)
+    with pytest.raises(InputError, match=f"^{message}"):
+        own.task("mine", data, data, **arguments)
+    if "pc_valid" in arguments:
+        with pytest.raises(InputError, match=f"^{message}"):
+            own.by_class(data, [[0], [1]], **arguments)

@@ -82,6 +82,16 @@ BAD = {
 }
 
 
+def test_a_class_that_is_tested_without_being_taught_is_named(tmp_path):
+    benchmark = tiny.benchmark()
+    task = benchmark.tasks[1]
+    taught = task.train.labels != 2
+    some = Split(task.train.images[taught], task.train.labels[taught])
+    benchmark.tasks[1] = replace(task, train=some, classes=["a", "b", "c"])
+    with pytest.warns(UserWarning, match="^clusters 1 is tested on class c without a training image of it$"):
+        run(tiny.options(tmp_path), benchmark, tiny.Network())
+
+
 @pytest.mark.parametrize("lazy", [False, True], ids=["list", "lazy"])
 @pytest.mark.parametrize("what", BAD)
 def test_a_bad_task(tmp_path, what, lazy):

@@ -19,7 +19,7 @@ from engine.interrupts import Stopped
 from engine.method import Method
 from engine.options import Options, flag
 from engine.steps import make_steps
-from engine.task import Split
+from engine.task import LazyTasks, Split
 from gradproj.errors import InputError
 from methods import METHODS
 from methods.gpm import GPM
@@ -316,6 +316,16 @@ def test_modules_that_a_continued_run_would_lack_are_refused(tmp_path, moment, m
         run_with(tmp_path, method)
     if moment == "before_task":
         assert not list(tmp_path.rglob("config.json"))
+
+
+def test_a_network_that_a_method_gives_more_parameters_is_refused(tmp_path):
+    def before_task(self, t, task):
+        self.model.extra = nn.Linear(1, 1)
+
+    later = replace(tiny.benchmark(2), tasks=LazyTasks(2, tiny.task))
+    message = r"^the network has 10 parameters, 8 when the run began; parameters of a method's own stand in its state"
+    with pytest.raises(InputError, match=message):
+        run_with(tmp_path, kind(before_task=before_task), tiny.Network(2), later)
 
 
 def test_modules_in_a_list_that_init_makes_are_kept(tmp_path):

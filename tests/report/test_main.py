@@ -112,10 +112,23 @@ def test_the_command_of_several_seeds_is_one_sweep(tmp_path):
 
 
 def test_a_search_shows_the_validation_accuracy(tmp_path, capsys):
-    write(tmp_path / "x", valid_accuracy=[[91.0, None], [82.0, 81.0]])
+    write(tmp_path / "x", valid_accuracy=[[91.0, None], [82.0, 81.0]], hyperparameters={"lr": 0.1})
     for flags, shown in (["--against", "lr"], True), ([], False), (["--format", "csv"], True):
         assert report.main([str(tmp_path), *flags]) == 0
         assert ("81.5" in capsys.readouterr().out) == shown
+
+
+def test_a_search_over_nothing_that_is_there(tmp_path, capsys):
+    write(tmp_path / "x")
+    assert report.main([str(tmp_path), "--against", "treshold"]) == 2
+    said = capsys.readouterr()
+    assert said.err == "report: error: --against treshold: none of these runs has such a hyperparameter\n"
+    assert not said.out
+
+
+def test_the_command_of_a_method_of_ones_own_is_not_known(tmp_path):
+    (row,) = rows_of(write(tmp_path / "x", method="mine"))
+    assert tables.command(row) == "–"
 
 
 def test_find_runs_takes_single_files_and_folders(tmp_path):

@@ -164,7 +164,7 @@ def test_costs_that_are_not_known_are_not_drawn_as_nothing(tmp_path, monkeypatch
 def test_a_sweep_is_drawn_over_its_hyperparameter(tmp_path, capsys):
     for value in (0.99, 0.9):
         changes = with_costs(variant=f"n_epochs=20,threshold={value}")
-        write(tmp_path / f"runs/{value}", **changes, hyperparameters={"threshold": [value]})
+        write(tmp_path / f"runs/{value}", **changes, hyperparameters={"threshold": [value], "lr": 0.01})
     arguments = [str(tmp_path / "runs"), "--plots", str(tmp_path / "figures"), "--against"]
     assert report.main([*arguments, "threshold"]) == 0
     names = {path.name for path in (tmp_path / "figures").iterdir()}
