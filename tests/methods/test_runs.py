@@ -309,7 +309,7 @@ def test_a_methods_own_learning_rate_unless_another_is_given(tmp_path, flags, ex
 
 def test_an_alpha_that_rounding_swallows_is_one_line(tmp_path):
     with pytest.raises(InputError, match="^owm_alpha is 1e-30; beside the inputs' energy that is nothing, give more$"):
-        run(tiny.options(tmp_path, method="owm", owm_alpha=1e-30), tiny.benchmark(n_train=8), tiny.Network())
+        run(tiny.options(tmp_path, method="owm", owm_alpha=1e-30), tiny.benchmark(n_train=12), tiny.Network())
 
 
 def test_steps_that_may_be_taken_otherwise_than_one_operation_at_a_time():
