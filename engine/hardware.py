@@ -91,7 +91,7 @@ def commit() -> str | None:
     """The commit this code is at, with a + and a checksum of what differs from it where Python files were changed or
     added since; None outside a git checkout."""
     folder = Path(__file__).parent
-    code = ("--", ":(top)*.py", ":(top,exclude)tests")
+    code = ("--", ":(top)*.py", ":(top,exclude)tests", ":(top,exclude,glob)**/site-packages/**")
 
     def git(*arguments: str) -> bytes:
         command = ["git", "-c", "core.quotepath=off", *arguments]
@@ -101,7 +101,10 @@ def commit() -> str | None:
         at = git("rev-parse", "--short=12", "HEAD").decode().strip()
         root = Path(git("rev-parse", "--show-toplevel").decode().strip())
         added = git("ls-files", "--others", "--exclude-standard", "--full-name", *code).decode().splitlines()
-        changes = [git("diff", "HEAD", *code), *(name.encode() + (root / name).read_bytes() for name in added)]
+        changes = [
+            git("diff", "--no-ext-diff", "HEAD", *code),
+            *(name.encode() + (root / name).read_bytes() for name in added),
+        ]
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
     return at + (f"+{hashlib.blake2b(b''.join(changes), digest_size=4).hexdigest()}" if any(changes) else "")

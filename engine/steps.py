@@ -230,7 +230,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, before: float
     Args:
         optimizer: of the task.
         lr: of the next epoch.
-        before: of the last one; None where that is not known.
+        before: of the last one; None where there was none.
         start: of the task's first epoch.
     """
 

@@ -343,6 +343,27 @@ def test_rates_that_a_method_changes_stay_changed(tmp_path):
     assert rates == [pytest.approx(expected[:6]), pytest.approx(expected[4:])]
 
 
+def test_every_task_begins_at_the_first_rate(tmp_path, scripted_benchmark):
+    """Also where one optimiser serves all tasks, whose rate the schedule has divided."""
+
+    class Lasting(Decaying):
+        name, state = "lasting", ("sgd",)
+
+        def __init__(self, model, options):
+            super().__init__(model, options)
+            self.sgd = torch.optim.SGD(model.parameters(), lr=options.lr)
+
+        def optimizer(self, t, lr):
+            return self.sgd
+
+    model = Scripted([1.0, 1.0, 1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5])
+    options = tiny.options(tmp_path, method="naive", n_tasks=2, lr=0.4, lr_min=0.15, lr_factor=2, n_epochs=9)
+    method = Lasting(model, options)
+    experiment.run(options, scripted_benchmark, model, method)
+    assert method.rates[:3] == pytest.approx([0.4, 0.4 * 0.9, 0.2 * 0.9**2])
+    assert method.rates[3:5] == pytest.approx([0.4, 0.4 * 0.9])
+
+
 def test_the_schedule_divides_rates_that_a_method_has_changed(tmp_path, scripted_benchmark):
     model = Scripted([1.0, 1.0, 1.0, 1.0, 0.5])
     options = tiny.options(tmp_path, method="naive", n_tasks=1, lr=0.4, lr_min=0.15, lr_factor=2, n_epochs=9)
