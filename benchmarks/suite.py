@@ -96,7 +96,7 @@ def measure_steps(case: Case, task: Task, stopwatch: Stopwatch, effort: Effort) 
             made[FORMS[type(alone)]] = {"alone": alone, "projected": make(case, GPM, task, step, stack)}
         made["eager"]["dense"] = make(case, plain.DenseGPM, task, "eager", stack)
         variants = {
-            f"{form}/{variant}": (lambda steps=steps: steps.epoch(order, LR))
+            f"{form}/{variant}": (lambda steps=steps: steps.epoch(order))
             for form, of_form in made.items()
             for variant, steps in of_form.items()
         }
@@ -202,7 +202,7 @@ def measure_epoch(
                 "projected": make(case, GPM, task, "auto", stack),
                 "dense": make(case, plain.DenseGPM, task, "eager", stack),
             }
-            variants = {name: (lambda steps=steps: steps.epoch(order, LR)) for name, steps in made.items()}
+            variants = {name: (lambda steps=steps: steps.epoch(order)) for name, steps in made.items()}
             seconds = {name: times[0] for name, times in interleaved(variants, 1, stopwatch).items()}
     evaluation = case.n_valid / images_per_second
     return {

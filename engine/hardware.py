@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import platform
 import subprocess
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -90,24 +92,26 @@ def _processor() -> str:
 def commit() -> str | None:
     """The commit this code is at, with a + and a checksum of what differs from it where Python files were changed or
     added since; None outside a git checkout."""
-    folder = Path(__file__).parent
     code = ("--", ":(top)*.py", ":(top,exclude)tests", ":(top,exclude,glob)**/site-packages/**")
 
     def git(*arguments: str) -> bytes:
-        command = ["git", "-c", "core.quotepath=off", *arguments]
-        return subprocess.run(command, cwd=folder, capture_output=True, timeout=10, check=True).stdout
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, timeout=10, check=True
+        ).stdout
 
     try:
         at = git("rev-parse", "--short=12", "HEAD").decode().strip()
-        root = Path(git("rev-parse", "--show-toplevel").decode().strip())
-        added = git("ls-files", "--others", "--exclude-standard", "--full-name", *code).decode().splitlines()
-        changes = [
-            git("diff", "--no-ext-diff", "HEAD", *code),
-            *(name.encode() + (root / name).read_bytes() for name in added),
-        ]
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        root = Path(os.fsdecode(git("rev-parse", "--show-toplevel")).strip())
+        names = git("diff", "--name-only", "-z", "HEAD", *code)
+        names += git("ls-files", "--others", "--exclude-standard", "--full-name", "-z", *code)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return at + (f"+{hashlib.blake2b(b''.join(changes), digest_size=4).hexdigest()}" if any(changes) else "")
+    differing = hashlib.blake2b(digest_size=4)
+    for name in names.split(b"\0"):
+        differing.update(name)
+        with suppress(OSError):  # it was deleted, or may not be read
+            differing.update((root / os.fsdecode(name)).read_bytes() if name else b"")
+    return at + (f"+{differing.hexdigest()}" if names else "")
 
 
 def versions() -> dict[str, str]:

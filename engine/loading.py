@@ -107,7 +107,7 @@ def load_run(
     try:
         made.load_state_dict(state["method"])
         made.load_weights(weights)
-    except (InputError, KeyError, RuntimeError) as error:
+    except (AttributeError, InputError, KeyError, RuntimeError, TypeError) as error:
         reason = one_line(error)
         raise InputError(f"the weights in {folder} are not of a {type(model).__name__} like this: {reason}") from error
     summary = read_summary(folder)

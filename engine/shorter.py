@@ -147,7 +147,8 @@ def lengthened(state: State, folder: Path, wanted: State, n_tasks: int) -> State
 
     rows = {part: [[*row, *[None] * (n_tasks - len(row))] for row in rows] for part, rows in state["accuracy"].items()}
     first = state["first"] or of_network(weights_after(0, folder, state) or {})  # a finished run lets it go
-    frozen = [*state.get("frozen", ()), *(name for name in wanted["frozen"] if name not in there)]
+    known = state.get("frozen", [name for name in wanted["frozen"] if name in there])  # older versions did not say
+    frozen = [*known, *(name for name in wanted["frozen"] if name not in there)]
     made_of = {name: wanted[name] for name in ("network", "initial")} | {"frozen": frozen}
     return filled({**state, "first": first}, wanted) | made_of | {"accuracy": rows, "interference": None}
 

@@ -62,8 +62,8 @@ class TaskProgress:
     Attributes:
         schedule: the learning rate to come.
         epoch: epochs done.
-        lr: what the schedule's rate was in the last of them, which the optimiser's rates at the boundary are for; None
-            before there is one, so that each task begins at the first rate, and where an older version did not say.
+        lr: the schedule's rate that the optimiser's rates at the boundary are for; None where an older version did not
+            say.
         start, weights, best: what training moves when the task began, at the boundary, and at the best validation loss.
         optimizer, method: their states at the boundary.
     """
@@ -80,7 +80,7 @@ class TaskProgress:
     @classmethod
     def beginning(cls, options: Options) -> TaskProgress:
         """Each task starts again at the initial learning rate."""
-        return cls(Plateau(options.lr, options.lr_min, options.lr_factor, options.lr_patience))
+        return cls(Plateau(options.lr, options.lr_min, options.lr_factor, options.lr_patience), lr=options.lr)
 
     def state_dict(self) -> State:
         """Plain values and tensors only."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def saved(value: Any) -> Any:
 
     Args:
         value: a tensor, parameter, generator, plain value, an object with `state_dict`, or a list, tuple, named tuple,
-            dataclass or dict of these.
+            dataclass or dict of these. What is not there when a run begins comes back as a list, tuple or dict.
     """
     if isinstance(value, nn.Parameter):
         return nn.Parameter(value.detach().clone(), value.requires_grad)
@@ -34,7 +34,7 @@ def saved(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: saved(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [saved(part) for part in value]
+        return type(value)(map(saved, value)) if type(value) in (list, tuple) else [saved(part) for part in value]
     if isinstance(value, nn.Module | torch.optim.Optimizer):  # whose tensors training changes in place
         return copy.deepcopy(saved(value.state_dict()))
     if hasattr(value, "state_dict"):
@@ -80,15 +80,18 @@ def restored(current: Any, value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        before = current if isinstance(current, MutableMapping) else {}
-        kept = copy.copy(before)  # of its kind, such as a defaultdict
+        before = current if isinstance(current, Mapping) else {}
+        parts = {key: restored(before.get(key), part, device) for key, part in value.items()}
+        if not isinstance(current, dict):
+            return parts
+        kept = copy.copy(current)  # of its kind, such as a defaultdict
         kept.clear()
-        kept.update({key: restored(before.get(key), part, device) for key, part in value.items()})
+        kept.update(parts)
         return kept
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         before = [*current, *[None] * len(value)] if isinstance(current, (list, tuple)) else [None] * len(value)
         parts = [restored(before[i], part, device) for i, part in enumerate(value)]
-        return tuple(parts) if isinstance(current, tuple) else parts
+        return tuple(parts) if isinstance(current, tuple) or isinstance(value, tuple) else parts
     return value
 
 
@@ -150,7 +153,8 @@ def put_buffers(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             owner, _, leaf = name.removeprefix(BUFFER).rpartition(".")
             module = model.get_submodule(owner)
             current = module._buffers.get(leaf)
-            if current is not None and current.shape == value.shape and current.is_contiguous():
+            alike = current is not None and (current.shape, current.dtype) == (value.shape, value.dtype)
+            if alike and current.is_contiguous():
                 current.copy_(value)
             else:
                 module.register_buffer(leaf, value.to(device, copy=True), persistent=False)

@@ -27,8 +27,8 @@ WARM_UP_STEPS = 3  # eager steps before a capture: they make cuBLAS and cuDNN al
 class Steps(Protocol):
     """Goes through a task's training images once."""
 
-    def epoch(self, order: Tensor, lr: float) -> float:
-        """Train on the images in `order` (n,) at the learning rate that the optimiser has; returns the mean loss."""
+    def epoch(self, order: Tensor) -> float:
+        """Train on the images in `order` (n,) at the learning rates that the optimiser has; returns the mean loss."""
         ...
 
 
@@ -39,7 +39,7 @@ def make_steps(method: Method, optimizer: torch.optim.Optimizer, t: int, task: T
         return SharedSteps(method, optimizer, t, task.train)
     if options.step == "auto" and device == "cpu" and declares(type(method), "plain_step") and options.amp == "off":
         if is_plain_sgd(optimizer) and is_plain_chain(method.model, optimizer, t, task.train.images[:2]):
-            return FusedSteps(method, task.train, options.batch_size_train)
+            return FusedSteps(method, optimizer, task.train)
     # Of other optimisers a rehearsal of the graph would leave traces in what they remember.
     says = any(declares(type(method), step) for step in ("plain_step", "graph_step"))
     may_record = says and type(optimizer) is torch.optim.SGD
@@ -83,8 +83,8 @@ def is_plain_chain(model: nn.Module, optimizer: torch.optim.Optimizer, t: int, i
 class FusedSteps:
     """The steps of a chain of Linear layers, written out by hand (engine/fused.py)."""
 
-    def __init__(self, method: Method, train: Split, batch_size: int) -> None:
-        self.model, self.batch_size = method.model, batch_size
+    def __init__(self, method: Method, optimizer: torch.optim.Optimizer, train: Split) -> None:
+        self.model, self.optimizer, self.batch_size = method.model, optimizer, method.options.batch_size_train
         names = {layer: name for name, layer in method.model.named_modules()}
         layers = method.model.relu_chain
         projectors = {
@@ -92,8 +92,9 @@ class FusedSteps:
         }
         self.chain = FusedChain(layers, projectors, train)
 
-    def epoch(self, order: Tensor, lr: float) -> float:
-        return self.chain.epoch(order, list(batches(len(order), self.batch_size)), lr)
+    def epoch(self, order: Tensor) -> float:
+        (group,) = self.optimizer.param_groups
+        return self.chain.epoch(order, list(batches(len(order), self.batch_size)), group["lr"])
 
 
 class EagerSteps:
@@ -114,7 +115,7 @@ class EagerSteps:
         self.method.after_step(self.t)
         return loss
 
-    def epoch(self, order: Tensor, lr: float) -> float:
+    def epoch(self, order: Tensor) -> float:
         return self.walk(order, self.step)
 
     def walk(self, order: Tensor, step: Callable[[Tensor, Tensor], Tensor]) -> float:
@@ -132,9 +133,9 @@ class EagerSteps:
 class SharedSteps(EagerSteps):
     """Eager steps on batches that several processes share."""
 
-    def epoch(self, order: Tensor, lr: float) -> float:
+    def epoch(self, order: Tensor) -> float:
         torch.manual_seed((torch.initial_seed() + distributed.rank()) % 2**63)  # each draws dropout of its own
-        return super().epoch(order, lr)
+        return super().epoch(order)
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         start, stop, weight = distributed.share_of(len(images))
@@ -152,12 +153,13 @@ class GraphSteps(EagerSteps):
     def __init__(self, method: Method, optimizer: torch.optim.Optimizer, t: int, train: Split) -> None:
         super().__init__(method, optimizer, t, train)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
-        self.lr: float | None = None
+        self.rates: list[float] = []
         self.captures = True
 
-    def epoch(self, order: Tensor, lr: float) -> float:
-        if lr != self.lr:  # a graph holds its learning rate, so a new one (a few times a task) is captured anew
-            self.graphs, self.lr = {}, lr
+    def epoch(self, order: Tensor) -> float:
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        if rates != self.rates:  # a graph holds its learning rates, so with others (a few times a task) it is made anew
+            self.graphs, self.rates = {}, rates
         return self.walk(order, self.replay)
 
     def replay(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -223,19 +225,29 @@ def forget_capture() -> None:
     random.graphsafe_set_state(random.clone_state())
 
 
+FIRST_RATE = "first_lr"  # of a parameter group, what its rate is when a task begins
+
+
+def begin_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Let a task's parameter groups begin at their own rates, also where the optimiser served tasks before."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault(FIRST_RATE, group["lr"])
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, before: float | None, start: float) -> None:
     """Give parameter groups the schedule's rate; one that began at another than `start` falls in proportion, and one
-    whose rate a scheduler of the method's own has changed from there.
+    whose rate the method has changed from there.
 
     Args:
         optimizer: of the task.
         lr: of the next epoch.
-        before: of the last one; None where there was none.
+        before: of the last one; None where an older version did not say.
         start: of the task's first epoch.
     """
 
     def usual(group: dict[str, Any], lr: float) -> float:
-        return lr if group["initial_lr"] == start else group["initial_lr"] * (lr / start)
+        first = group.get(FIRST_RATE, group.get("initial_lr", start))  # older versions had the second alone
+        return lr if first == start else first * (lr / start)
 
     for group in optimizer.param_groups:
         own = before is not None and group["lr"] != usual(group, before)

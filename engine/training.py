@@ -13,7 +13,7 @@ from engine.evaluation import evaluate
 from engine.interrupts import deferred
 from engine.method import Method
 from engine.standing import Epoch, TaskProgress
-from engine.steps import make_steps, seeded_order, set_learning_rate
+from engine.steps import begin_rates, make_steps, seeded_order, set_learning_rate
 from engine.task import Task
 from gradproj.errors import DivergenceError
 
@@ -38,8 +38,7 @@ def train_task(
     plateau = options.schedule == "plateau"
     optimizer = method.optimizer(t, options.lr)
     check_optimizer(method, optimizer)
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
+    begin_rates(optimizer)
     if progress.optimizer is not None:
         optimizer.load_state_dict(progress.optimizer)
     else:
@@ -53,7 +52,7 @@ def train_task(
         if lr != applied:
             set_learning_rate(optimizer, lr, before=applied, start=options.lr)
             applied = lr
-        train_loss = steps.epoch(seeded_order(method, t, epoch, task.train.labels), lr)
+        train_loss = steps.epoch(seeded_order(method, t, epoch, task.train.labels))
         measure = partial(evaluate, model, t, batch_size=options.batch_size_test)
         valid_loss, valid_accuracy = measure(task.valid) if len(task.valid.labels) else (None, None)
         train_accuracy = measure(task.train)[1] if options.eval_train else None

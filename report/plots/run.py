@@ -21,8 +21,9 @@ def draw_run(summary: dict[str, Any]) -> list[Path]:
     """
     folder, title = Path(summary["folder"]), run_title(summary)
     pictures = {"accuracy.png": accuracy_heat_map(summary["accuracy"], title)}
-    if summary["memory_columns"]:
-        pictures["memory.png"] = memory_growth(summary["memory_columns"], summary["memory_input_sizes"], title)
+    columns, sizes = summary.get("memory_columns"), summary.get("memory_input_sizes")
+    if columns and sizes:
+        pictures["memory.png"] = memory_growth(columns, sizes, title)
     for name, figure in pictures.items():
         save(figure, folder / name)
     return [folder / name for name in pictures]

@@ -115,7 +115,7 @@ def test_the_dense_formula_takes_the_same_steps(case):
         with suite.ExitStack() as stack:
             steps = suite.make(case, kind, task, "eager", stack)
             steps.optimizer.param_groups[0]["lr"] = 0.1
-            steps.epoch(torch.arange(16), 0.1)
+            steps.epoch(torch.arange(16))
         weights.append(list(steps.method.model.parameters()))
     start, ours, dense = weights
     assert_close(ours, dense, rtol=1e-4, atol=1e-5)

@@ -26,6 +26,7 @@ class Centred(nn.Module):
         self.register_buffer("mean", torch.zeros(8).double(), persistent=False)
         self.register_buffer("grown", torch.zeros(0).double(), persistent=False)
         self.register_buffer("made", None, persistent=False)
+        self.register_buffer("count", torch.tensor(0), persistent=False)  # becomes a fraction
         self.register_buffer("seen", torch.zeros(0).double(), persistent=False)
         self.register_buffer("ones", torch.ones(1).double().expand(8), persistent=False)
 
@@ -36,9 +37,10 @@ class Centred(nn.Module):
                 self.grown, self.made = mean.clone(), mean.clone()
             for buffer in (self.mean, self.grown, self.made):
                 buffer.lerp_(mean, 0.1)
+            self.count = self.count + 0.5
             self.seen = torch.cat([self.seen, mean.mean()[None]])
         made = 0 if self.made is None else self.grown + self.made
-        return self.ones * (x - self.mean - made - self.seen.mean().nan_to_num())
+        return self.ones * (x - self.mean - made - self.seen.mean().nan_to_num() - self.count / 100)
 
 
 class Moving(tiny.Network):
@@ -123,6 +125,21 @@ def test_a_longer_run_goes_on_with_them(tmp_path, make, keep):
     whole = run(tmp_path / "whole", Plain, lambda: half_frozen(2), n_tasks=2, keep=keep)
     torch.testing.assert_close(grown.weights(), whole.weights(), atol=0, rtol=0)
     assert [p.requires_grad for p in grown.model.parameters()] == [p.requires_grad for p in whole.model.parameters()]
+
+
+def test_a_longer_run_goes_on_from_one_that_did_not_record_what_is_frozen(tmp_path):
+    def frozen(n):
+        model = tiny.Network(n)
+        model.fc2.requires_grad_(False)
+        return model
+
+    run(tmp_path, Plain, lambda: frozen(1), n_tasks=1)
+    folder = tiny.run_folder(tmp_path)
+    state = load_checkpoint(folder)
+    del state["frozen"], state["network"]["frozen"]
+    save_checkpoint(folder, state)
+    grown = run(tmp_path, Plain, lambda: frozen(2), n_tasks=2)
+    assert [name for name, p in grown.model.named_parameters() if not p.requires_grad] == ["fc2.weight", "fc2.bias"]
 
 
 def test_weights_after_each_task_come_with_their_buffers(tmp_path):

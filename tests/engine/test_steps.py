@@ -72,7 +72,7 @@ def train(model: nn.Module, task: Task, step: str, columns: list[int] | None):
         for epoch in range(2):
             order = torch.randperm(len(task.train.labels), generator=torch.Generator().manual_seed(epoch))
             optimizer.param_groups[0]["lr"] = LR / (epoch + 1)
-            losses.append(steps.epoch(order, LR / (epoch + 1)))
+            losses.append(steps.epoch(order))
     return type(steps), losses, [p.detach().clone() for p in model.parameters()]
 
 
@@ -132,7 +132,7 @@ def test_by_hand_updates_stay_orthogonal_to_the_basis():
     remember(method, [4, 3])
     with method.learning(1, chain_task(18)):
         optimizer = method.optimizer(1, LR)
-        make_steps(method, optimizer, 1, chain_task(18)).epoch(torch.arange(18), LR)
+        make_steps(method, optimizer, 1, chain_task(18)).epoch(torch.arange(18))
     for parameter, start, basis in zip(model.parameters(), before, method.memory.bases.values(), strict=True):
         assert (parameter - start).abs().max() > 1e-3
         assert ((parameter - start) @ basis).abs().max() < 1e-14
@@ -245,7 +245,7 @@ def test_a_cuda_graph_equals_eager(n):
 def test_a_cuda_graph_draws_a_new_dropout_mask_at_every_step():
     method, task = Naive(AlexNet([10, 10]).to("cuda"), options()), picture_task(20)
     steps = make_steps(method, torch.optim.SGD(method.parameters(1), lr=1e-30), 1, task)
-    losses = [steps.epoch(torch.arange(20), 1e-30) for _ in range(3)]  # the same graph, and no weight moves
+    losses = [steps.epoch(torch.arange(20)) for _ in range(3)]  # the same graph, and no weight moves
     assert type(steps) is GraphSteps
     assert len(steps.graphs) == 1
     assert len(set(losses)) == 3
@@ -282,8 +282,8 @@ def test_a_failed_capture_gives_the_generator_back_before_the_next_eager_step(mo
     method, task = Naive(Chain([N_INPUTS, N_CLASSES]).double(), options()), chain_task(10)
     steps = Steps(method, method.optimizer(0, LR), 0, task.train)
     with pytest.warns(UserWarning, match=r"^no CUDA graph \(operation not permitted .*\); training eagerly$"):
-        steps.epoch(torch.arange(10), LR)
-    steps.epoch(torch.arange(10), LR)  # it does not try again
+        steps.epoch(torch.arange(10))
+    steps.epoch(torch.arange(10))  # it does not try again
     assert steps_taken == [5, 5, 5, 5]
 
 

@@ -343,6 +343,25 @@ def test_rates_that_a_method_changes_stay_changed(tmp_path):
     assert rates == [pytest.approx(expected[:6]), pytest.approx(expected[4:])]
 
 
+def test_a_warm_up_of_the_methods_own_begins_where_it_says(tmp_path):
+    class Warming(Decaying):
+        name = "warming"
+
+        def optimizer(self, t, lr):
+            self.sgd = super().optimizer(t, lr)
+            self.scheduler = torch.optim.lr_scheduler.LinearLR(self.sgd, start_factor=0.25, total_iters=3)
+            return self.sgd
+
+        def after_step(self, t):
+            self.rates.append(self.sgd.param_groups[0]["lr"])
+            self.scheduler.step()
+
+    options = tiny.options(tmp_path, n_tasks=1, schedule="constant", lr=0.4)
+    method = Warming(tiny.Network(1), options)
+    experiment.run(options, tiny.benchmark(1), method.model, method)
+    assert method.rates == pytest.approx([0.1, 0.2, 0.3, *[0.4] * 9])
+
+
 def test_every_task_begins_at_the_first_rate(tmp_path, scripted_benchmark):
     """Also where one optimiser serves all tasks, whose rate the schedule has divided."""
 
