@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -33,7 +32,7 @@ from engine.method import Method
 from engine.options import Options, hyperparameters, overridden, results_options, variant
 from engine.progress import Progress, print_result, tell, tolerate_consoles
 from engine.run_tasks import RunTasks
-from engine.same import check_same, of_summary
+from engine.same import check_same, of_summary, other_code
 from engine.shorter import from_shorter
 from engine.standing import Epoch, TaskProgress
 from engine.task import Benchmark, batches, join
@@ -397,16 +396,3 @@ class Run:
         record.write_summary(self.folder, summary)
         print_result(summary)
         return summary
-
-
-def other_code(made_by: Iterable[str | None], here: str | None) -> list[str]:
-    """What to say where a run was made by other code than there is now.
-
-    Args:
-        made_by: commits, as `hardware.commit` gave them; those of a summary in one text.
-        here: that of the code as it is.
-    """
-    known = [commit for text in made_by for commit in (text or "").split(", ") if commit]
-    if here is None or not known or here in known:
-        return []
-    return [f"note: it was made by the code of {', '.join(known)}, which is at {here} now: what it computes may differ"]

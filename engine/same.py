@@ -1,9 +1,9 @@
-"""Whether a folder's run is this one: of the same hyperparameters, network, images and tasks."""
+"""Whether a folder's run is this one: of the same hyperparameters, network, images and tasks; and of which code."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,19 @@ def of_summary(folder: Path, summary: State, hyperparameters: Collection[str]) -
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             state |= {"network": config["network"], "method_class": config.get("method", "")}
     return state
+
+
+def other_code(made_by: Iterable[str | None], here: str | None) -> list[str]:
+    """What to say where a run was made by other code than there is now.
+
+    Args:
+        made_by: commits, as `hardware.commit` gave them; those of a summary in one text.
+        here: that of the code as it is.
+    """
+    known = [commit for text in made_by for commit in (text or "").split(", ") if commit]
+    if here is None or not known or here in known:
+        return []
+    return [f"note: it was made by the code of {', '.join(known)}, which is at {here} now: what it computes may differ"]
 
 
 def plain(value: Any) -> Any:
