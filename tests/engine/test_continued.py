@@ -37,7 +37,7 @@ class Centred(nn.Module):
                 self.grown, self.made = mean.clone(), mean.clone()
             for buffer in (self.mean, self.grown, self.made):
                 buffer.lerp_(mean, 0.1)
-            self.count = self.count + 0.5
+            self.count = self.count + 0.3
             self.seen = torch.cat([self.seen, mean.mean()[None]])
         made = 0 if self.made is None else self.grown + self.made
         return self.ones * (x - self.mean - made - self.seen.mean().nan_to_num() - self.count / 100)

@@ -15,6 +15,7 @@ from torch import nn
 
 from engine import experiment, load_run, state
 from engine.cli import parse
+from engine.folder import load_checkpoint
 from engine.interrupts import Stopped
 from engine.method import Method
 from engine.options import Options, flag
@@ -246,6 +247,8 @@ def test_modules_that_a_continued_run_would_lack_are_refused(tmp_path, moment, m
         run_with(tmp_path, method)
     if moment == "before_task":
         assert not list(tmp_path.rglob("config.json"))
+    else:  # no state that could not be continued is saved
+        assert load_checkpoint(tiny.run_folder(tmp_path))["position"] == 0
 
 
 def test_a_network_that_a_method_gives_more_parameters_is_refused(tmp_path):

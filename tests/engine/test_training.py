@@ -343,6 +343,27 @@ def test_rates_that_a_method_changes_stay_changed(tmp_path):
     assert rates == [pytest.approx(expected[:6]), pytest.approx(expected[4:])]
 
 
+@pytest.mark.parametrize("stops_at", [3, 4, 5])
+def test_a_run_goes_on_at_the_rate_it_had(tmp_path, scripted_benchmark, stops_at):
+    """Stopped in an epoch whose rate has fallen, or falls at its beginning: 0.4, 0.4, 0.2, 0.1, 0.05, one step each."""
+
+    class Steady(Decaying):
+        name = "steady"
+
+        def after_step(self, t):
+            super().after_step(t)
+            self.sgd.param_groups[0]["lr"] /= 0.9
+
+    options = tiny.options(tmp_path, method="naive", n_tasks=1, lr=0.4, lr_min=0.04, lr_factor=2, n_epochs=9)
+    for stop in (stops_at, None):
+        model = Scripted([1.0] * 99)
+        method = Steady(model, options)
+        method.stops_at = stop
+        with pytest.raises(Stopped) if stop else nullcontext():
+            experiment.run(options, scripted_benchmark, model, method)
+    assert method.rates == pytest.approx([0.4, 0.4, 0.2, 0.1, 0.05][stops_at - 1 :])
+
+
 def test_a_warm_up_of_the_methods_own_begins_where_it_says(tmp_path):
     class Warming(Decaying):
         name = "warming"
