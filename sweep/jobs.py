@@ -134,8 +134,9 @@ def run_jobs(jobs: Sequence[Job], n_at_once: int, threads: int, cluster: Cluster
 def start(job: Job, environment: dict[str, str], running: Sequence[Running], cluster: Cluster | None) -> Running:
     """Start a job, its output added to its log."""
     finished, size = read_summary(job.folder), _size(job.folder / EPOCHS)
-    found = "to see whether what is finished there is this run" if finished else position_of(job.folder)
-    found = "" if "--no_resume" in job.command else found
+    found = ""
+    if "--no_resume" not in job.command:
+        found = "to see whether what is finished there is this run" if finished else position_of(job.folder)
     taken = {member.position for member in running}
     position = next(i for i in range(1, len(taken) + 2) if i not in taken)
     try:
