@@ -29,8 +29,7 @@ def find_divergence(
     """
     model, lr = method.model, progress.schedule.lr
     progress.return_to_boundary(method, optimizer)
-    if lr != progress.lr:
-        set_learning_rate(optimizer, lr, before=progress.lr, start=method.options.lr)
+    set_learning_rate(optimizer, lr, before=progress.lr, start=method.options.lr)
     steps = EagerSteps(method, optimizer, t, task.train)
     first: list[str] = []  # what went first, of the values that a step makes
     count = 0

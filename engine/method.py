@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from engine import state
 from engine.contract import check_class, check_defaults, check_loss, check_network
+from engine.fingerprint import frozen_parameters
 from engine.heads import task_modules
 from engine.options import Options, check, complete
 from engine.task import Task
@@ -91,7 +92,7 @@ class Method:
         self.refuse(self.options)
         self.lr = self.options.lr
         self.given = frozenset(name for name, _ in model.named_parameters())
-        self.given_frozen = frozenset(name for name, p in model.named_parameters() if not p.requires_grad)
+        self.given_frozen = frozenset(frozen_parameters(model))
         self.task_modules = task_modules(model, self.options.n_tasks)
         if reason := why_not(type(self), many_heads=bool(self.task_modules)):
             found = "a head for each task" if self.task_modules else "one for all"

@@ -49,9 +49,8 @@ def train_task(
     while progress.epoch < options.n_epochs and not (plateau and schedule.finished):
         lr, epoch = schedule.lr, progress.epoch
         method.lr = lr
-        if lr != applied:
-            set_learning_rate(optimizer, lr, before=applied, start=options.lr)
-            applied = lr
+        set_learning_rate(optimizer, lr, before=applied, start=options.lr)
+        applied = lr
         train_loss = steps.epoch(seeded_order(method, t, epoch, task.train.labels))
         measure = partial(evaluate, model, t, batch_size=options.batch_size_test)
         valid_loss, valid_accuracy = measure(task.valid) if len(task.valid.labels) else (None, None)
