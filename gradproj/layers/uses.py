@@ -47,15 +47,13 @@ class Uses(TorchFunctionMode):
         self.on_use, self.on_other = on_use, on_other
         self.running: list[nn.Module] = []
         self.owners: dict[int, list[Layer]] = {}  # by id of a weight or bias, or of a copy of one
-        self.alike: dict[
-            int, Tensor
-        ] = {}  # of each of these, the weight or bias itself; keeps copies, so ids stay theirs
+        self.alike: dict[int, Tensor] = {}  # by the same ids, the weight or bias itself
         for layer in layers:
             for parameter in layer.all_parameters:
                 if parameter is not None:
                     self.owners.setdefault(id(parameter), []).append(layer)
                     self.alike[id(parameter)] = parameter
-        self.copies: list[Tensor] = []
+        self.copies: list[Tensor] = []  # kept, so that no other tensor gets their ids
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
