@@ -105,7 +105,9 @@ class HAT(Method):
     def learning(self, t: int, task: Task) -> Iterator[None]:
         """Count the batches of an epoch, which the slope follows."""
         if not self.sources:
-            self.install(*find_units(self.model, self.layers, lambda: self.model(task.train.images[:2], t)))
+            self.install(
+                *find_units(self.model, self.layers, task.train.images[:2], lambda images: self.model(images, t))
+            )
         n, size = len(task.train.labels), self.options.batch_size_train
         self.n_batches = max(1, (n + size - 2) // size)  # a last batch of one image joins the one before
         self.step = 0

@@ -106,25 +106,27 @@ class OGD(Method):
         outputs: dict[str, Tensor] = {}
 
         def listen(layer: Layer):
-            def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                if layer.name in inputs or args[0].ndim != 2:
+            def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+                (given,) = (*args, *kwargs.values())
+                if layer.name in inputs or given.ndim != 2:
                     raise InputError(
                         f"ogd needs layers that see one vector an image, once; {layer.name} is another kind"
                     )
-                inputs[layer.name] = layer.columns(args[0].detach())[0].T.contiguous()
+                inputs[layer.name] = layer.columns(given.detach())[0].T.contiguous()
                 outputs[layer.name] = output
 
             return hook
 
         with ExitStack() as hooks:
             for layer in self.layers.values():
-                hooks.enter_context(layer.module.register_forward_hook(listen(layer)))
+                hooks.enter_context(layer.module.register_forward_hook(listen(layer), with_kwargs=True))
             self.model.eval()
             logits = self.model(images, t)
         deltas = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), list(outputs.values()))
         return {name: Factors(delta, inputs[name]) for name, delta in zip(outputs, deltas, strict=True)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self.factors = {}  # those at hand would come back as Factors, the saved ones alone as dicts
         super().load_state_dict(saved)
         self.factors = {name: Factors(**parts) for name, parts in self.factors.items()}
         self.inverse = pseudo_inverse(self.factors) if self.factors else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +95,9 @@ class OWM(Method):
         gram = {key: value.clone() for key, value in self.gram.items()}
 
         def listen(layer: Layer):
-            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                mean = args[0].double().mean(0, keepdim=True)
+            def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+                (inputs,) = (*args, *kwargs.values())
+                mean = inputs.double().mean(0, keepdim=True)
                 for key, columns in zip(layer.keys, layer.columns(mean), strict=True):
                     gram[key].addmm_(columns, columns.T)
 
@@ -105,7 +107,7 @@ class OWM(Method):
         self.model.eval()
         with ExitStack() as hooks:
             for layer in self.layers.values():
-                hooks.enter_context(layer.module.register_forward_pre_hook(listen(layer)))
+                hooks.enter_context(layer.module.register_forward_pre_hook(listen(layer), with_kwargs=True))
             for start, stop in batches(len(order), self.options.batch_size_train):
                 self.model(task.train.images[order[start:stop]], t)
         self.gram = gram

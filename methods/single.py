@@ -21,8 +21,9 @@ class Single(Method):
 
     A method's forward transfer on task j is its accuracy there right after learning it, minus this one's.
 
-    Task 0 starts from the model as given. A later task's network has the entries of each initial tensor in a random
-    order: initialisers draw them independently, so this is another draw, whatever the distribution.
+    Task 0 starts from the model as given. A later task's network has the entries of each trained parameter in a random
+    order: initialisers draw them independently, so this is another draw, whatever the distribution; but for one that
+    draws whole matrices, such as an orthogonal one. Buffers and frozen parameters are everywhere as given.
 
     Stores one network for each task; `memory_floats` counts all but the last.
     """
@@ -43,11 +44,13 @@ class Single(Method):
         if t == 0:
             return self.initial
         random = generator(self.options.seed, "network", t)
-        order = {name: torch.randperm(value.numel(), generator=random) for name, value in self.initial.items()}
-        return {
-            name: value.flatten()[order[name].to(value.device)].view(value.shape)
-            for name, value in self.initial.items()
-        }
+        kept = {id(p) for name, p in self.model.named_parameters() if name in self.given_frozen}
+        drawn = {name for name, p in self.model.named_parameters(remove_duplicate=False) if id(p) not in kept}
+
+        def redrawn(value: Tensor) -> Tensor:
+            return value.flatten()[torch.randperm(value.numel(), generator=random).to(value.device)].view(value.shape)
+
+        return {name: redrawn(value) if name in drawn else value for name, value in self.initial.items()}
 
     def before_task(self, t: int, task: Task) -> None:
         """Begin anew with each task."""

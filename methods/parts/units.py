@@ -16,48 +16,59 @@ from gradproj.layers import Layer
 # Normalisations that treat each channel by itself; others would carry changes of one unit over to the next.
 PerChannel = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 Node = Any  # of the autograd graph
+IMAGES = ""  # in the place of a layer that feeds others
 
 
 def find_units(
-    model: nn.Module, layers: Mapping[str, Layer], forward: Callable[[], Any]
+    model: nn.Module, layers: Mapping[str, Layer], images: Tensor, forward: Callable[[Tensor], Any]
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
     """The units of each layer: its outputs, after the normalisation that they go through at once, if any.
 
     Args:
         model: put into eval mode.
         layers: whose units are meant, by name.
-        forward: runs the model on a few images.
+        images: a few of them.
+        forward: runs the model on images.
     Returns:
         norms: by layer name, the module name of its normalisation, where it has one.
-        sources: by layer name, the layers whose units feed it, with no layer between; none if it reads the images.
+        sources: by layer name, the layers whose units feed it, with no layer between, in any of its calls; none if it
+            ever reads the images.
     Raises:
         InputError: a layer did not run, or its inputs cannot be told apart by unit.
     """
-    made: dict[Node, str] = {}  # the layer whose units are a node's output
+    with torch.enable_grad():
+        images = images.detach().requires_grad_(images.is_floating_point()).clone()  # which gives them a node
+    # The layer whose units are a node's output.
+    made: dict[Node, str] = {} if images.grad_fn is None else {images.grad_fn: IMAGES}
     norms: dict[str, str] = {}
-    sources: dict[str, list[str]] = {}
+    feeders: dict[str, list[set[str]]] = {}  # of each call of each layer
 
-    def before_layer(name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        sources[name] = sorted(feeding(args[0].grad_fn, made))
+    def before_layer(name: str, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        (inputs,) = (*args, *kwargs.values())
+        feeders.setdefault(name, []).append(feeding(inputs.grad_fn, made))
 
     def after_layer(name: str, _module: nn.Module, _args: tuple, output: Tensor) -> None:
         made[output.grad_fn] = name
 
-    def after_norm(norm: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        name = made.get(args[0].grad_fn)
-        if name is not None:
+    def after_norm(norm: str, _module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+        (inputs,) = (*args, *kwargs.values())
+        if name := made.get(inputs.grad_fn):
             norms[name] = norm
             made[output.grad_fn] = name
 
     with ExitStack() as hooks, torch.enable_grad():
         for name, layer in layers.items():
-            hooks.enter_context(layer.module.register_forward_pre_hook(partial(before_layer, name)))
+            hooks.enter_context(layer.module.register_forward_pre_hook(partial(before_layer, name), with_kwargs=True))
             hooks.enter_context(layer.module.register_forward_hook(partial(after_layer, name)))
         for name, module in model.named_modules():
             if isinstance(module, PerChannel):
-                hooks.enter_context(module.register_forward_hook(partial(after_norm, name)))
+                hooks.enter_context(module.register_forward_hook(partial(after_norm, name), with_kwargs=True))
         model.eval()
-        forward()
+        forward(images)
+    sources = {
+        name: sorted(set.union(*calls)) if all(call and IMAGES not in call for call in calls) else []
+        for name, calls in feeders.items()
+    }
     for name, layer in layers.items():
         if name not in sources:
             raise InputError(f"layer {name} did not run in the forward pass, so it is unknown what feeds it")

@@ -43,6 +43,25 @@ def test_units_of_a_residual_network():
     assert hat.norms == {"stem": "bn_stem", "conv1": "bn1"}
 
 
+class Again(Residual):
+    """A layer that runs twice, once on another's units and once on its own, and one that reads the images too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip = nn.Conv2d(4, 4, 1, bias=False).double()
+        self.bn_stem = self.bn1 = nn.Identity()
+
+    def forward(self, images, task):
+        images = images.mul_(1)  # in place, as a normalisation at the beginning of a network may
+        x = self.conv1(self.conv1(self.stem(images)))
+        x = self.skip(x + images.repeat(1, 2, 1, 1))
+        return self.heads[task](self.fc(nn.functional.max_pool2d(x, 2).flatten(1)))
+
+
+def test_units_of_layers_that_run_twice_or_read_the_images_beside_other_layers():
+    assert ready(Again()).sources == {"stem": [], "conv1": ["conv1", "stem"], "skip": [], "fc": ["skip"]}
+
+
 def test_units_of_the_paper_networks():
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for model, n_norms in ((AlexNet([3, 3]), 5), (LeNet([3, 3]), 0), (ResNet18([3, 3], width=2), 20)):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import main_pmnist
@@ -18,7 +19,7 @@ from engine.folder import load_checkpoint
 from engine.standing import TaskProgress
 from engine.task import Split, join
 from engine.training import train_task
-from gradproj.errors import InputError
+from gradproj.errors import DivergenceError, InputError
 from methods import METHODS
 from models import AlexNet
 from report.published import SUCCESSORS
@@ -61,6 +62,37 @@ def test_runs(tmp_path, quick, name, network, benchmark):
     for t, task in enumerate(benchmark().tasks):
         with loaded.method.testing(t):
             assert evaluate(loaded.model, t, task.test, options.batch_size_test)[1] == summary["accuracy"][-1][t]
+
+
+@cases
+def test_divergence_on_a_later_task_says_where(tmp_path, quick, name, network, benchmark):
+    """Finding the step goes back to what the method was when the task began."""
+
+    def explode(model: nn.Module, args: tuple, outputs: Tensor) -> Tensor:
+        return outputs * (math.inf if model.training and args[1] == 1 else 1)
+
+    model = network()
+    model.register_forward_hook(explode)
+    options = tiny.options(tmp_path, method=name, n_tasks=2, **own_flags(name))
+    with pytest.raises(
+        DivergenceError, match=r"^the loss is no longer finite: task 2, epoch 1, step \d, .* went first"
+    ):
+        run(options, benchmark(2), model)
+
+
+@cases
+def test_layers_called_by_keyword_are_layers_too(tmp_path, quick, name, network, benchmark):
+    def by_keyword(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return (), {"input": args[0]}
+
+    matrices = []
+    for keyword in (False, True):
+        model = network()
+        for layer in (m for m in model.modules() if keyword and isinstance(m, nn.Linear | nn.Conv2d | nn.BatchNorm2d)):
+            layer.register_forward_pre_hook(by_keyword, with_kwargs=True)
+        options = tiny.options(tmp_path / str(keyword), method=name, **own_flags(name))
+        matrices.append(run(options, benchmark(), model)["accuracy"])
+    assert matrices[0] == matrices[1]
 
 
 @pytest.mark.parametrize("name", MULTI_HEAD)
@@ -226,6 +258,18 @@ def test_single_trains_a_network_of_its_own_for_each_task(tmp_path, quick):
             naive, t, picture_task(t), TaskProgress.beginning(naive.options), lambda *_: None, time.perf_counter()
         )
         assert evaluate(model, t, picture_task(t).test, options.batch_size_test)[1] == summary["accuracy"][t][t]
+
+
+def test_single_draws_what_is_trained_alone():
+    model = Residual()
+    model.conv1.weight.requires_grad_(False)
+    model.register_buffer("order", torch.arange(5))
+    model.stem2, model.tied = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3)
+    model.tied.weight = model.conv1.weight  # frozen under both names
+    start = method(model, "single").fresh(1)
+    for name in ("conv1.weight", "tied.weight", "order"):
+        assert_close(start[name], model.state_dict()[name], atol=0, rtol=0)
+    assert (start["stem.weight"] != model.stem.weight).double().mean() > 0.5
 
 
 def test_single_starts_afresh():
