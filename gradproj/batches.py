@@ -15,6 +15,7 @@ from gradproj.errors import InputError, one_line
 
 Forward = Callable[[Any], Any]
 Mask = Callable[[Any], Tensor | None] | str
+ANYTHING = [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]  # (*inputs, **arguments)
 
 
 def as_batches(batches: Any) -> Iterable[Any]:
@@ -47,7 +48,7 @@ def runner(forward: Forward, model: nn.Module) -> Forward:
 
     Args:
         forward: takes a batch; or a module, which is called with what of a batch it takes: the entries of a dict by
-            name, of a tuple as many as it needs (so that labels beside the inputs are left out).
+            name, of a tuple as many as it needs (so that labels beside the inputs are left out), or all for *inputs.
         model: whose device is meant.
     """
     call = (lambda batch: call_module(forward, batch)) if isinstance(forward, nn.Module) else forward
@@ -78,9 +79,12 @@ def call_module(module: nn.Module, batch: Any) -> Any:
     if not isinstance(batch, (list, tuple)):
         return module(batch)
     inner: Any = module
-    while isinstance(getattr(inner, "module", None), nn.Module) and not isinstance(inner, nn.Sequential):
+    parameters = list(inspect.signature(inner.forward).parameters.values())
+    while [p.kind for p in parameters] == ANYTHING and isinstance(getattr(inner, "module", None), nn.Module):
         inner = inner.module  # inside DistributedDataParallel and its like
-    parameters = inspect.signature(inner.forward).parameters.values()
+        parameters = list(inspect.signature(inner.forward).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return module(*batch)
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return module(*batch[: max(1, len(needed))])
 
@@ -125,11 +129,17 @@ def masks(mask: Mask | None, batch: Any) -> Tensor | None:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within this context a model is in eval mode; afterwards each module is in the mode it had."""
+    """Within this context a model is in eval mode; afterwards each module is in the mode it had.
+
+    Its own `train` takes it there, which may do more, such as merge low-rank weights and part them again.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        for module, mode in modes.items():
+        for module, mode in modes.items():  # parents first, whose `train` is their children's too
+            if module.training != mode:
+                module.train(mode)
+        for module, mode in modes.items():  # where a `train` does not do as it is told
             module.training = mode

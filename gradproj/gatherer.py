@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradproj.concerns import used_otherwise
 from gradproj.layers import Layer
 from gradproj.layers.embedding import EmbeddingLayer
 from gradproj.layers.uses import Uses, plain_paths, read_inputs
@@ -72,6 +73,7 @@ class Gatherer:
     Attributes:
         sources: by layer name.
         hosts: by layer name, the modules whose forward applies its weight.
+        leaks: names of layers whose weights are also used otherwise, each with a phrase.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Gatherer:
         self.count_only, self.keep_columns, self.unit = count_only, keep_columns, unit
         self.sources: dict[str, Source] = {}
         self.hosts: dict[str, list[nn.Module]] = {}
+        self.leaks: dict[tuple[str, str], None] = {}  # as an ordered set
         self.columns: dict[str, int] = dict.fromkeys((key for layer in layers.values() for key in layer.keys), 0)
         self.random = torch.Generator().manual_seed(0)
         self.mask: Tensor | None = None  # of the batch at hand
@@ -98,7 +101,7 @@ class Gatherer:
     def run(self, forward: Callable[[Any], Any], batch: Any, mask: Tensor | None = None) -> Any:
         """Run one batch; returns what `forward` does."""
         self.mask, self._recent, self._waiting = mask, {}, []
-        with plain_paths(), Uses(self.layers.values(), self._see) as self._uses:
+        with plain_paths(), Uses(self.layers.values(), self._see, self._see_otherwise) as self._uses:
             result = forward(batch)
         self._part()
         return result
@@ -112,10 +115,13 @@ class Gatherer:
         for inputs in given:
             self._take(layer, inputs, function, arguments)
 
+    def _see_otherwise(self, layer: Layer, function: str) -> None:
+        self.leaks[layer.name, used_otherwise(layer, function)] = None
+
     def _take(self, layer: Layer, inputs: Tensor, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
         """Add an input to what a layer sees, once for all layers of its source."""
         count = self.samples.get(layer.name)
-        key = (id(inputs), count, layer.name in self.unit, layer.signature(arguments))
+        key = (id(inputs), count, layer.name in self.unit, layer.signature(function, arguments))
         given = self._recent.get(key)
         if given is not None and (
             given.tensor() is not inputs or given.version != version(inputs) or layer.name in given.takers
@@ -204,17 +210,22 @@ class Gatherer:
         return torch.float32 if self.fast and d >= FAST_SIZE else torch.float64
 
     def _chosen(self, inputs: Tensor, layer: Layer) -> Tensor:
-        """The part of an input that a mask of samples and positions leaves."""
+        """The part of an input that a mask of samples and positions leaves.
+
+        Where the input may have positions first as well as samples first, it is what either reading leaves: a position
+        too many costs a direction, one too few would be forgotten.
+        """
         if self.mask is None:
             return inputs
         axes = layer.position_axes(inputs)
+        fitting: list[Tensor] = []
         for mask in (self.mask, self.mask.T) if self.mask.ndim == 2 else (self.mask,):
             mask = mask[: len(inputs)].to(inputs.device)
             if mask.ndim <= axes and inputs.shape[: mask.ndim] == mask.shape:
-                return inputs[mask]
-            if axes == 1 and len(inputs) == mask.numel():  # samples and positions as one axis
-                return inputs[mask.flatten()]
-        return inputs
+                fitting.append(mask)
+            elif axes == 1 and len(inputs) == mask.numel():  # samples and positions as one axis
+                fitting.append(mask.flatten())
+        return inputs[torch.stack(fitting).any(0)] if fitting else inputs
 
     def _drawn(self, columns: Tensor, most: int | None) -> Tensor:
         """At most so many of some columns, at random."""

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from gradproj.batches import Forward, Mask, in_eval_mode, masks, runner
-from gradproj.concerns import used_otherwise
 from gradproj.errors import InputError
 from gradproj.gatherer import Gatherer
 from gradproj.layers import Layer
-from gradproj.layers.uses import Uses, plain_paths
 from gradproj.normalization import is_normalization
 from gradproj.representation import Representation, SeenRows
 from gradproj.subspace import extend_basis
@@ -144,16 +142,8 @@ class Check:
 def inspect(memory: Memory, forward: Forward, batch: Any, thresholds: Mapping[str, float], mask: Mask | None) -> Check:
     """Run a batch without learning from it; see `GradientProjectionMemory.check`."""
     gatherer = Gatherer(memory.layers, unit=[name for name, epsilon in thresholds.items() if epsilon == 1])
-    leaks: dict[str, None] = {}
-    run = runner(forward, memory.model)
-
-    def other(layer: Layer, function: str) -> None:
-        leaks[used_otherwise(layer, function)] = None
-
     with in_eval_mode(memory.model):
-        gatherer.run(run, batch, masks(mask, batch))
-        with plain_paths(), torch.enable_grad(), Uses(memory.layers.values(), lambda *_: None, other):
-            run(batch)
+        gatherer.run(runner(forward, memory.model), batch, masks(mask, batch))
     seen = gatherer.seen
     names = {key: name for name, layer in memory.layers.items() for key in layer.keys}
     full = [key for key, part in seen.items() if _will_be_full(memory.bases[key], part, thresholds[names[key]])]
@@ -169,7 +159,7 @@ def inspect(memory: Memory, forward: Forward, batch: Any, thresholds: Mapping[st
     return Check(
         gatherer.silent,
         full,
-        list(leaks),
+        [leak for _, leak in gatherer.leaks],
         memory.unprotected,
         gatherer.columns,
         size / 2**30,

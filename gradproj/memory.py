@@ -233,6 +233,7 @@ class GradientProjectionMemory:
         for name, modules in gatherer.hosts.items():
             known = self._hosts.setdefault(name, [])
             known += [module for module in modules if module not in known]
+        self._watcher.say_leaks(gatherer.leaks)
         return gathered
 
     def _grown(

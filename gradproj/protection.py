@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from gradproj.concerns import used_otherwise
@@ -30,13 +32,19 @@ class _GradientSide(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_weight: Tensor | None, grad_bias: Tensor | None):
-        if ctx.project.first_size is None:
-            ctx.project.first_size = sum(g.detach().norm() for g in (grad_weight, grad_bias) if g is not None)
+        given = [g.detach() for g in (grad_weight, grad_bias) if g is not None]
+        if ctx.project.first_size is None and not any(map(is_legacy_batchedtensor, given)):
+            ctx.project.first_size = sum(g.norm() for g in given)
         return *ctx.project(grad_weight, grad_bias), None
 
 
+def _is_transformed() -> bool:
+    """Whether a forward pass is inside a transform of torch.func, or makes forward-mode gradients."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _by_plain_operations(weight: Tensor | None, bias: Tensor | None, project: LayerProjector) -> list[Tensor | None]:
-    """What _GradientSide does, inside transforms of torch.func, which take no such Function: p + P (p - p)."""
+    """What _GradientSide does where gradients are no plain ones, which take no such Function: p + P (p - p)."""
     with torch._C.DisableTorchFunction():
         zeros = project(*(None if p is None else p - p.detach() for p in (weight, bias)))
         pairs = zip((weight, bias), zeros, strict=True)
@@ -68,7 +76,7 @@ class _InputSide(torch.autograd.Function):
         if bias:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
         deltas = grad_output.reshape(-1, grad_output.shape[-1]).to(dtype)  # (m, o)
-        if ctx.project.first_size is None:
+        if ctx.project.first_size is None and not is_legacy_batchedtensor(deltas):
             ctx.project.first_size = deltas.detach().norm() * rows.detach().norm()
         with full_float32(rows):
             grad = (deltas.T @ ctx.project.project_rows(rows)).to(weight.dtype)  # (o, d)
@@ -133,7 +141,7 @@ class _HostForward:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if not self.protection.is_on or not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        if self.is_linear and not self.projects[0].is_full and not torch._C._are_functorch_transforms_active():
+        if self.is_linear and not self.projects[0].is_full and not _is_transformed():
             (inputs,) = (*args, *kwargs.values())
             weight, bias = self.module.weight, self.module.bias
             if inputs.numel() < weight.numel() and all(p.requires_grad for p in (weight, bias) if p is not None):
@@ -160,8 +168,9 @@ class _HostForward:
                 "directions are remembered together; train or freeze both"
             )
         if project.is_full:  # the gradient is zero: do not compute it
-            substitutes: Any = [None if p is None else p.detach() for p in (weight, bias)]
-        elif torch._C._are_functorch_transforms_active():
+            with torch._C.DisableTorchFunction():
+                substitutes: Any = [None if p is None else p.detach() for p in (weight, bias)]
+        elif _is_transformed():
             substitutes = _by_plain_operations(weight, bias, project)
         else:
             substitutes = _GradientSide.apply(weight, bias, project)
@@ -238,7 +247,7 @@ def projecting(
 
 def _place(tensor: Tensor) -> int:
     """Where a tensor's entries are, but inside transforms of torch.func, where that is not known."""
-    return 0 if torch._C._functorch.is_functorch_wrapped_tensor(tensor) else tensor.data_ptr()
+    return 0 if is_functorch_wrapped_tensor(tensor) else tensor.data_ptr()
 
 
 class Watch:
@@ -255,6 +264,8 @@ class Watch:
         self.model, self.protection, self.say = model, protection, say
         self.found: dict[tuple[str, str], None] = {}
         self.before: dict[str, tuple[int, int, int]] | None = None
+        self.originals: Mapping[int, Tensor] = {}  # the layers' parameters, by their ids and those of copies
+        self.trained: set[int] = set()
         self.is_over = False
         self.open = ExitStack()
         self.open.enter_context(torch.compiler.set_stance("force_eager"))  # so that calls can be seen
@@ -264,7 +275,10 @@ class Watch:
         if self.before is None and torch.is_grad_enabled() and self.protection.is_on:
             self.before = self._state()
             layers = [project.layer for project in self.protection.projectors.values()]
-            self.open.enter_context(Uses(layers, self._applied, self._used))
+            uses = Uses(layers, self._applied, self._used)
+            self.originals = uses.alike
+            self.trained = {id(p) for p in self.originals.values() if p.requires_grad}
+            self.open.enter_context(uses)
 
     def end(self) -> None:
         """It is over."""
@@ -292,9 +306,9 @@ class Watch:
     def _used(self, layer: Layer, function: str) -> None:
         self.found[layer.name, used_otherwise(layer, function)] = None
 
-    def _applied(self, layer: Layer, _function: Callable[..., Any], _arguments: Mapping[str, Any]) -> None:
-        project = self.protection.projectors[layer.name]
-        if not project.is_idle and any(p is not None and p.requires_grad for p in layer.parameters):
+    def _applied(self, layer: Layer, _function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+        given = {id(self.originals.get(id(x), x)) for x in arguments.values()}
+        if torch.is_grad_enabled() and not self.protection.projectors[layer.name].is_idle and given & self.trained:
             # Where its application was seen before, substitutes are in its parameters' places.
             what = f"{layer.name or 'the model'} is applied where update() has not seen it applied"
             self.found[layer.name, what] = None

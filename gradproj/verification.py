@@ -49,13 +49,16 @@ class Verification:
         moved: of the model's outputs on the batch, ‖Δy‖ / ‖y‖.
         explained: what rounding of the weights, once a step, and of the outputs makes of that, about.
         layers: by name.
-        others: parameters without protection, and buffers, that have moved and on which these outputs depend.
+        others: parameters without protection, and buffers, that have moved or come since, and on which these outputs
+            depend.
+        unknown: those of them whose old values were not kept, so that `moved` leaves them out.
     """
 
     moved: float
     explained: float
     layers: dict[str, Movement]
     others: list[str]
+    unknown: list[str] = field(default_factory=list)
 
     @property
     def holds(self) -> bool:
@@ -69,7 +72,9 @@ class Verification:
         for name, m in self.layers.items():
             lines.append((name or "(model)", *(f"{x:.1e}" for x in (m.moved, m.inside, m.explained, m.outside))))
         end = f"outputs moved by {self.moved:.1e} of themselves; rounding explains {self.explained:.1e}"
-        others = [f"moved without protection: {', '.join(self.others)}"] if self.others else []
+        if self.unknown:  # the output is compared with one that has them as they are now
+            end += f"; not counted is what comes of {', '.join(self.unknown)}"
+        others = [f"moved, or new, without protection: {', '.join(self.others)}"] if self.others else []
         verdict = "the guarantee holds" if self.holds else "the guarantee does NOT hold"
         if self.holds and self.moved > self.explained:
             verdict += ": what the bases hold has not moved; outputs moved by the inputs outside them"
@@ -102,11 +107,13 @@ def verification(memory: Memory, snapshot: Snapshot, forward: Forward, batch: An
 
     def matters(names: Sequence[str]) -> bool:
         with put(model, {name: before.get(name, torch.zeros(())) for name in names}):
-            return not all(torch.equal(a, b) for a, b in zip(result(), new, strict=True))
+            return any(bool(_apart(a, b).any()) for a, b in zip(result(), new, strict=True))
 
     others = [name for name, v in now.items() if name not in covered and not torch.equal(v, before[name].to(v))]
     others = [name for name in others if not name.endswith("num_batches_tracked")]
-    others += [name for name, known in snapshot.checksums.items() if name in there and checksum(there[name]) != known]
+    changed = [name for name, known in snapshot.checksums.items() if name in there and checksum(there[name]) != known]
+    unknown = [*changed, *(name for name in there if name not in snapshot.values and name not in snapshot.checksums)]
+    others += unknown
     with in_eval_mode(model), plain_paths():
         new = result()
         with put(model, before):
@@ -117,10 +124,10 @@ def verification(memory: Memory, snapshot: Snapshot, forward: Forward, batch: An
         others = [*_those_that(matters, others), *resized]
     if not old:
         raise InputError("forward returns no floating-point tensors to compare; give a function that returns some")
-    length = size(old) or 1.0
-    moved, by_weights = (size([a - b for a, b in zip(y, old, strict=True)]) / length for y in (new, shaken))
+    length = size(map(_finite, old)) or 1.0
+    moved, by_weights = (size([_apart(a, b) for a, b in zip(y, old, strict=True)]) / length for y in (new, shaken))
     explained = ROUNDINGS * max(by_weights, *movements.roundings, 0.0)
-    return Verification(moved, explained, movements.found, others)
+    return Verification(moved, explained, movements.found, others, [n for n in others if n in {*unknown, *resized}])
 
 
 @dataclass
@@ -147,6 +154,16 @@ class _Movements:
             movement = _movement(self.memory, layer, seen, self.changes[layer.name], self.noise[layer.name])
             if layer.name not in self.found or movement.moved > self.found[layer.name].moved:
                 self.found[layer.name] = movement
+
+
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    """a - b, where infinities that are the same, as of classes that are masked out, and NaNs in both are no
+    difference."""
+    return torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, a - b)
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x.isfinite(), x, 0.0)
 
 
 def _repeatable(

@@ -72,6 +72,7 @@ class Watcher:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return  # while a CUDA graph is recorded no number is known
         if self.snapshot is not None:
+            self.say_what_can_forget(memory)  # which may have been unfrozen, or added, since
             layers = [project.layer for name, project in projectors.items() if name not in self.suspects]
             moved = [pair for pair in what_moved(memory, layers, self.snapshot) if pair[0] not in self.suspects]
             self.say_leaks([(name, f"{what} since task {memory.n_updates}") for name, what in moved])

@@ -89,7 +89,7 @@ class Layer:
     @property
     def weight_size(self) -> int:
         """Inputs that one output unit sees through the weight."""
-        return self.all_parameters[0][0].numel()
+        return self.all_parameters[0].shape[1:].numel()
 
     @property
     def input_size(self) -> int:
@@ -147,19 +147,24 @@ class Layer:
         """Whether a call of one of `functions` applies the weight as the module would."""
         return True
 
+    def adds_bias(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
+        """Whether a call of one of `functions` adds a bias, which a forward of the user's own may leave out."""
+        return arguments.get(self.functions[function].bias) is not None
+
     def outputs(
         self, function: Callable[..., Any], arguments: Mapping[str, Any], weight: Tensor | None, bias: Tensor | None
     ) -> list[Tensor]:
         """What a call of one of `functions` makes with other parameters, None being zeros: one for each input."""
         call = self.functions[function]
         first = self.all_parameters[0]
+        bias = bias if self.adds_bias(function, arguments) else None
         given = {call.weight: torch.zeros_like(first) if weight is None else weight, call.bias: bias}
         changed = {**arguments, **given}
         return [function(**{name: changed[name] for name in call.arguments if name in changed})]
 
-    def signature(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What else than the input decides the columns: layers of one signature share them."""
-        return (type(self), self.weight_size, *self.trained)
+    def signature(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What else than the input decides the columns of a call: layers of one signature share them."""
+        return (type(self), self.weight_size, *self.trained, self.adds_bias(function, arguments))
 
     def seen(
         self, inputs: Tensor, function: Callable[..., Any], arguments: Mapping[str, Any]
@@ -170,16 +175,16 @@ class Layer:
             inputs: samples along the first axis, or one sample without it.
             function, arguments: of the call.
         """
-        for columns in self.blocks(inputs, arguments):
+        for columns in self.blocks(inputs, arguments, self.adds_bias(function, arguments)):
             yield dict(zip(self.keys, columns, strict=True))
 
-    def blocks(self, inputs: Tensor, arguments: Mapping[str, Any]) -> Iterator[list[Tensor]]:
+    def blocks(self, inputs: Tensor, arguments: Mapping[str, Any], adds_bias: bool = True) -> Iterator[list[Tensor]]:
         """The columns (d, n) that an input gives, one for each group, a few samples at a time."""
         for block in self.batched(inputs).split(self.block_length(inputs)):
             columns = self.weight_columns(block, arguments)
             if not self.trained[0]:
                 columns = [c[:0] for c in columns]
-            yield [with_constant(c) if self.trained[1] else c for c in columns]
+            yield [with_constant(c, adds_bias) if self.trained[1] else c for c in columns]
 
     def block_length(self, inputs: Tensor) -> int:
         """How many samples of an input make one block: a patch repeats its pixels up to kernel-size times."""
@@ -222,9 +227,9 @@ class Layer:
         return (part @ basis.to(part)).norm(), part.norm()
 
 
-def with_constant(columns: Tensor) -> Tensor:
-    """Columns (d, n) with the constant 1 that a bias sees, (d + 1, n)."""
-    return torch.cat([columns, columns.new_ones(1, columns.shape[1])])
+def with_constant(columns: Tensor, adds_bias: bool = True) -> Tensor:
+    """Columns (d, n) with what a bias sees, (d + 1, n): the constant 1, or 0 where it is not added."""
+    return torch.cat([columns, columns.new_full((1, columns.shape[1]), adds_bias)])
 
 
 class RowsLayer(Layer):
@@ -240,6 +245,7 @@ class RowsLayer(Layer):
         self, function: Callable[..., Any], arguments: Mapping[str, Any], weight: Tensor | None, bias: Tensor | None
     ) -> list[Tensor]:
         weight = torch.zeros_like(self.all_parameters[0]) if weight is None else weight
+        bias = bias if self.adds_bias(function, arguments) else None
         return [self.apply(inputs, weight, bias) for inputs in self.inputs(function, arguments)]
 
     def apply(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -34,9 +34,9 @@ class ConvolutionLayer(Layer):
     def understands(self, arguments: Mapping[str, Any]) -> bool:
         return arguments.get("groups", 1) == self.groups
 
-    def signature(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    def signature(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[Any, ...]:
         geometry = tuple(repr(arguments.get(name)) for name in ("stride", "padding", "output_padding", "dilation"))
-        return (*super().signature(arguments), self.groups, *self.all_parameters[0].shape[2:], *geometry)
+        return (*super().signature(function, arguments), self.groups, *self.all_parameters[0].shape[2:], *geometry)
 
     def module_call(self, inputs: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
         conv = self.module

@@ -50,6 +50,9 @@ class EmbeddingLayer(Layer):
     def weight_from_rows(self, rows: Tensor) -> Tensor:
         return rows.T
 
+    def understands(self, arguments: Mapping[str, Any]) -> bool:
+        return not arguments.get("sparse") and arguments.get("max_norm") is None
+
     def seen(
         self, inputs: Tensor, function: Callable[..., Any], arguments: Mapping[str, Any]
     ) -> Iterator[dict[str, Tensor]]:
@@ -117,7 +120,8 @@ class TiedEmbeddingLayer(EmbeddingLayer):
             yield from super().seen(inputs, function, arguments)
             return
         columns = inputs.reshape(-1, inputs.shape[-1]).T
-        yield {self.head_name: with_constant(columns) if self.trained[1] else columns}
+        adds_bias = self.adds_bias(function, arguments)
+        yield {self.head_name: with_constant(columns, adds_bias) if self.trained[1] else columns}
 
     def inside(self, key: str, basis: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         if key == self.name:

@@ -21,11 +21,14 @@ from torch.overrides import TorchFunctionMode
 from gradproj.errors import InputError
 from gradproj.layers.base import Layer
 
-# What gives the same numbers, perhaps in another precision or place.
+# What gives the same numbers, perhaps in another precision or place, or without a gradient.
 SAME_NUMBERS = {
     *(Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.type, Tensor.type_as),
-    *(Tensor.contiguous, Tensor.cpu, Tensor.cuda),
+    *(Tensor.contiguous, Tensor.cpu, Tensor.cuda, Tensor.detach, torch.detach),
+    Tensor.data.__get__,  # type: ignore[attr-defined]
 }
+# What makes a tensor like another, of other numbers, is called so.
+LIKE = ("_like", "new_", "type_as", "expand_as", "view_as")
 OnUse = Callable[[Layer, Callable[..., Any], Mapping[str, Any]], None]
 OnOther = Callable[[Layer, str], None]
 
@@ -36,7 +39,7 @@ class Uses(TorchFunctionMode):
     Args:
         layers: whose weights.
         on_use: called before each application that is understood, with layer, function and arguments by name.
-        on_other: called with layer and function name after each other call that makes something trainable of a weight.
+        on_other: called with layer and function name after each other call that makes something of a weight's numbers.
 
     Attributes:
         running: the modules whose forward is being executed, innermost last.
@@ -62,9 +65,10 @@ class Uses(TorchFunctionMode):
             return func(*args, **kwargs)
         understood = self._understood(func, args, kwargs)
         result = func(*args, **kwargs)
-        if func in SAME_NUMBERS and isinstance(result, Tensor):
-            self._follow(result, watched[0])
-        elif self.on_other is not None and any(x.requires_grad for x in _tensors((result,), {})):
+        if func in SAME_NUMBERS:
+            if isinstance(result, Tensor) and args[0] is watched[0]:  # else only its kind is taken over
+                self._follow(result, watched[0])
+        elif self.on_other is not None and _is_made_of_numbers(func, result):
             for tensor in watched:
                 if id(self.alike[id(tensor)]) not in understood:
                     for layer in self.owners[id(tensor)]:
@@ -80,8 +84,9 @@ class Uses(TorchFunctionMode):
             if call is None:
                 continue
             arguments = {**dict(zip(call.arguments, args, strict=False)), **kwargs}
-            given = [self.alike.get(id(arguments.get(name))) for name in (call.weight, call.bias)]
-            weight, bias = layer.all_parameters
+            # Under protection substitutes, which nobody watches, may stand in the places of the layer's parameters.
+            given = [self.alike.get(id(x), x) for x in map(arguments.get, (call.weight, call.bias))]
+            weight, bias = (self.alike.get(id(p), p) for p in layer.all_parameters)
             known = given[0] is weight and (arguments.get(call.bias) is None or given[1] is bias)
             if known and layer.understands(arguments):
                 self.on_use(layer, func, arguments)
@@ -153,6 +158,12 @@ def _tensors(args: Any, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value, {})
+
+
+def _is_made_of_numbers(func: Callable[..., Any], result: Any) -> bool:
+    """Whether a call on some tensors gave something of their numbers, and not of their shapes and kinds alone."""
+    made = [x for x in _tensors((result,), {}) if x.is_floating_point()]
+    return any(x.requires_grad for x in made) or (bool(made) and not any(part in _name(func) for part in LIKE))
 
 
 def _name(func: Callable[..., Any]) -> str:

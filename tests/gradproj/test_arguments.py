@@ -148,6 +148,21 @@ def test_a_mask_of_samples_and_positions_in_other_layouts(shape):
     assert memory.columns == {"0": 1}
 
 
+@pytest.mark.parametrize("shape", [(6, 6, D), (36, D)], ids=["as many samples as positions", "one axis"])
+@pytest.mark.parametrize("turned", [False, True], ids=["samples first", "positions first"])
+def test_a_mask_that_may_be_read_in_two_ways_leaves_out_nothing_that_counts(shape, turned):
+    mask = torch.zeros(6, 6)
+    mask[0, :2] = 1
+    memory = GradientProjectionMemory(nn.Sequential(nn.Linear(D, 9, bias=False)))
+    batch = torch.zeros(6, 6, D)
+    batch[0, :2, :2] = torch.eye(2)  # what counts
+    batch[4:, 4:, 2] = 1
+    batch = (batch.transpose(0, 1) if turned else batch).reshape(shape)
+    memory.update(memory.model, batch, threshold=1.0, mask=lambda _: mask)
+    held = memory.bases["0"].square().sum(1)  # of each input
+    assert held.round(decimals=9).tolist() == [1, 1, 0, 0, 0, 0]
+
+
 def test_a_forward_that_is_refused_leaves_the_parameters_in_their_places():
     model = nn.MultiheadAttention(D, 1, batch_first=True)
     memory = GradientProjectionMemory(model)

@@ -135,6 +135,27 @@ class TestVerify:
         verified = memory.verify(model, OLD)
         assert verified.others == ["scale"] and not verified.holds
 
+    def test_a_parameter_that_has_come_since(self):
+        """Counts where the outputs depend on it; how they moved by it is not known, and said so."""
+        model = mlp()
+        memory = remembering(model)
+        model.append(nn.Linear(4, 4))
+        model.register_parameter("unused", nn.Parameter(torch.ones(2)))
+        with pytest.warns(UserWarning, match="^not protected"):
+            verified = memory.verify(model, OLD)
+        assert verified.others == verified.unknown == ["5.weight", "5.bias"] and not verified.holds
+        assert "; not counted is what comes of 5.weight, 5.bias\n" in str(verified)
+
+    def test_outputs_that_are_infinite_or_nan(self):
+        """As those of classes that are masked out."""
+        model = mlp()
+        nothing = torch.tensor([0, -torch.inf, torch.nan, 0])
+        memory = remembering(model)
+        assert memory.verify(lambda x: model(x) + nothing, OLD).moved == 0
+        with torch.no_grad():
+            model[4].bias[0] += 1
+        assert 0.01 < memory.verify(lambda x: model(x) + nothing, OLD).moved < 10
+
     def test_leaves_the_model_as_it_is(self):
         memory = remembering(model := mlp())
         before = copy.deepcopy(model.state_dict())

@@ -73,6 +73,25 @@ def test_a_later_task_is_watched_again():
     assert any("since task 2" in text for text in train(model, memory, clamp=True))
 
 
+@pytest.mark.parametrize(("how", "name"), [("unfrozen", "4"), ("added", "5")])
+def test_what_begins_to_learn_within_protection_is_named(how, name):
+    model = mlp()
+    model[4].requires_grad_(False)
+    memory = remembering(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    said = f"^not protected, .* through them: {name}.weight, {name}.bias;"
+    with pytest.warns(UserWarning, match=said), memory.protect(optimizer):
+        for step in range(3):
+            if step == 1 and how == "unfrozen":
+                model[4].requires_grad_(True)
+            if step == 1 and how == "added":
+                model.append(nn.Linear(4, 4))
+                optimizer.add_param_group({"params": list(model[5].parameters())})
+            optimizer.zero_grad()
+            model(NEW).square().mean().backward()
+            optimizer.step()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # inside torch's compiler
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
