@@ -172,6 +172,10 @@ def by_class(
             f"class {which} is named twice; each belongs to one task (a line without commas is cut at blanks)"
         )
     train_rows = rows_of_classes(train, chosen, keys)
+    by_first_row: dict[int, Class] = {}
+    for name, rows in train_rows.items():
+        if (other := by_first_row.setdefault(int(rows[0]), name)) is not name:
+            raise InputError(f"{other!r} and {name!r} are the same class; each belongs to one task")
     if test is None:
         held_out = {c: _test_rows(len(rows), c, pc_test, seed) for c, rows in train_rows.items()}
         test, test_rows = train, {c: rows[held_out[c]] for c, rows in train_rows.items()}

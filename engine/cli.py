@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
+        # argparse's own takes -1e-4, with an exponent, for a flag.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
         line = f"{self.prog}: error: {' '.join(message.split())} (see --help)\n"
@@ -80,11 +83,12 @@ def parse(
         if flag not in names:
             parser.error(f"--{flag} is a flag of {', '.join(readers(flag, options, methods))}; this run's is {name}")
     values = {field.name: _in_kind(field, given) for field in dataclasses.fields(kind) if field.name in given}
-    if name != (of := saved.get("method", name)):  # what was that method's own default says nothing of this one
-        usual = defaults(options, methods[of], saved.get("protocol"))
+    of, before = saved.get("method", name), saved.get("protocol")
+    protocol = given.get("protocol", before)
+    if (name, protocol) != (of, before):  # what was that method's or protocol's default says nothing of this one
+        usual = defaults(options, methods[of], before)
         saved = {field: value for field, value in saved.items() if value != usual.get(field, dataclasses.MISSING)}
     kept = {field: value for field, value in saved.items() if field in names}
-    protocol = given.get("protocol", saved.get("protocol"))
     made = kind(**defaults(options, method, protocol) | kept | values | {"method": name})
     check(made)
     method.refuse(made)

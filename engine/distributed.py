@@ -168,16 +168,16 @@ def check_shareable(method: Method) -> None:
         )
 
 
-def notes(model: nn.Module) -> list[str]:
-    """What differs from one process beyond rounding, a line each."""
+def differences(model: nn.Module) -> list[str]:
+    """What of the numbers differs from one process's beyond rounding, a line each."""
     if not is_shared():
         return []
     found = []
     if norms := batch_norms(model):
         found.append(
-            f"BatchNorm in {len(norms)} layers normalises by each process's share of a training batch, not by the "
+            f"BatchNorm in {len(norms)} layers normalised by each process's share of a training batch, not by the "
             "whole batch, so numbers differ from one process's"
         )
     if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p for module in model.modules()):
-        found.append("dropout draws other units in each process than in one, so numbers differ from one process's")
-    return [f"{n_processes()} processes share every batch", *found]
+        found.append("dropout drew other units in each process than in one, so numbers differ from one process's")
+    return found

@@ -29,7 +29,7 @@ from engine.folder import (
 )
 from engine.interrupts import Stopped, deferred, stoppable
 from engine.method import Method
-from engine.options import Options, hyperparameters, overridden, results_options, variant
+from engine.options import Options, hyperparameters, overridden, results_options, unread, variant
 from engine.progress import Progress, print_result, tell, tolerate_consoles
 from engine.run_tasks import RunTasks
 from engine.same import check_same, of_summary, other_code
@@ -48,7 +48,7 @@ INTERFERENCE_IMAGES = 256  # of the first task, to measure how far its layer out
 # What a checkpoint keeps of a run as it is, besides the states of network, method and task.
 KEPT = (
     *("position", "accuracy", "columns", "statistics", "first", "interference", "epochs", "seconds", "threads"),
-    *("network", "initial", "commits", "devices", "frozen"),
+    *("network", "initial", "commits", "devices", "shared", "frozen"),
 )
 
 
@@ -120,7 +120,9 @@ class Run:
         self.seconds = {"train": 0.0, "memory": 0.0, "evaluate": 0.0}
         self.threads = torch.get_num_threads()  # numbers depend on it in their last bits
         # What the run is made by: more than one where it is continued by other code or elsewhere.
-        self.commits, self.devices = [hardware.commit()], [hardware.describe(self.device)]
+        several = f", {n} processes" if (n := distributed.n_processes()) > 1 else ""
+        self.commits, self.devices = [hardware.commit()], [hardware.describe(self.device) + several]
+        self.shared = distributed.differences(model)  # what several processes make otherwise than one
         self.saved_at = time.monotonic()
         self.resume_notes: list[str] = []  # where it goes on from
 
@@ -169,12 +171,9 @@ class Run:
     def announce(self) -> None:
         """Say what is run, from where on, and what one has to know of it; take the threads that it began with."""
         say = self.progress.say
-        say(f"{self.title}: {hardware.describe(self.device)}, folder {self.folder}")
-        for note in (
-            *overridden(self.options, type(self.method)),
-            *self.benchmark.notes,
-            *distributed.notes(self.method.model),
-        ):
+        say(f"{self.title}: {self.devices[0]}, folder {self.folder}")
+        of_options = [*overridden(self.options, type(self.method)), *unread(self.options, type(self.method))]
+        for note in (*of_options, *self.benchmark.notes, *self.shared):
             say(f"note: {note}")
         for line in self.resume_notes:
             say(line)
@@ -324,8 +323,8 @@ class Run:
         if state["task_progress"] is not None:
             self.task_progress = TaskProgress.from_state_dict(state["task_progress"])
         since = {"threads": self.threads, "interference": None, "network": self.network, "initial": {}}
-        state = since | {"commits": [], "devices": [], "frozen": self.frozen} | state
-        commits, devices = self.commits, self.devices
+        state = since | {"commits": [], "devices": [], "shared": [], "frozen": self.frozen} | state
+        commits, devices, shared = self.commits, self.devices, self.shared
         for name in KEPT:
             setattr(self, name, state[name])
         for name, p in self.method.model.named_parameters():
@@ -333,6 +332,7 @@ class Run:
                 p.requires_grad_(not p.requires_grad)
         self.commits = list(dict.fromkeys(self.commits + commits))
         self.devices = list(dict.fromkeys(self.devices + devices))
+        self.shared = list(dict.fromkeys(self.shared + shared))
         unmeasured = [[None] * self.options.n_tasks] * self.position
         self.accuracy = {part: self.accuracy.get(part, unmeasured) for part in ("valid", "test", "class_incremental")}
 
@@ -344,7 +344,11 @@ class Run:
             "model": describe_model(self.method.model),
             "method": describe(type(self.method)),
             "network": self.network,
-            "data": {"kind": self.benchmark.data, "sources": self.benchmark.sources, "notes": self.benchmark.notes},
+            "data": {
+                "kind": self.benchmark.data,
+                "sources": self.benchmark.sources,
+                "notes": [*self.benchmark.notes, *self.shared],
+            },
             "tasks": self.tasks.known,
             "device": "; ".join(self.devices),
             "versions": hardware.versions(),

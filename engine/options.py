@@ -271,6 +271,13 @@ def overridden(options: Options, method: MethodType) -> list[str]:
     ]
 
 
+def unread(options: Options, method: MethodType) -> list[str]:
+    """A line for each value that somebody gave and the run's schedule does not read, as the released scripts do not."""
+    usual, names = defaults(type(options), method, options.protocol), ("lr_min", "lr_patience", "lr_factor")
+    given = [name for name in names if getattr(options, name) != usual[name]]
+    return [f"{name} is read by --schedule plateau alone" for name in given if options.schedule == "constant"]
+
+
 def check(options: Options) -> None:
     """Raise InputError, in one line, for values that no run can use."""
     for field in dataclasses.fields(options):

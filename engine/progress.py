@@ -42,10 +42,9 @@ class Progress:
         self.n_tasks, self.n_epochs, self.quiet = options.n_tasks, options.n_epochs, options.quiet
         self.on_terminal = sys.stdout.isatty()
         self.board = tensorboard_writer(folder) if options.tensorboard else None
-        self.epochs_seen = done * self.n_epochs
         self.bar = tqdm(
             total=self.n_tasks * self.n_epochs,
-            initial=self.epochs_seen,
+            initial=done * self.n_epochs,
             desc=title,
             unit="epoch",
             file=sys.stdout,
@@ -62,7 +61,6 @@ class Progress:
 
     def epoch(self, epoch: Epoch) -> None:
         """An epoch is over."""
-        self.epochs_seen += 1
         train = "" if epoch.train_accuracy is None else f" {epoch.train_accuracy:.2f} %"
         valid = "" if epoch.valid_loss is None else f", valid {epoch.valid_loss:.4f} {epoch.valid_accuracy:.2f} %"
         where = f"task {epoch.task + 1}/{self.n_tasks} epoch {epoch.epoch}"
@@ -76,7 +74,8 @@ class Progress:
         if self.board:
             for name in ("lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"):
                 if getattr(epoch, name) is not None:
-                    self.board.add_scalar(f"epoch/{name}", getattr(epoch, name), self.epochs_seen)
+                    step = epoch.task * self.n_epochs + epoch.epoch
+                    self.board.add_scalar(f"epoch/{name}", getattr(epoch, name), step)
 
     def task(
         self,
@@ -94,9 +93,8 @@ class Progress:
             memory: the method's, if it has one.
             learns_when_full: as the method says.
         """
-        self.epochs_seen = (t + 1) * self.n_epochs  # a plateau may have ended the task early
         with suppress(OSError):
-            self.bar.update(self.epochs_seen - self.bar.n)
+            self.bar.update((t + 1) * self.n_epochs - self.bar.n)  # a plateau may have ended the task early
         self.say(f"task {t + 1}/{self.n_tasks} ({name}) learned; test accuracy, percent (row after task, column task):")
         for i, row in enumerate(accuracy):
             if all(value is None for value in row):  # tasks learned jointly are measured once, at the end

@@ -153,7 +153,9 @@ def fault(summary: dict[str, Any]) -> str:
         "interference": isinstance(interference, dict) and all(map(_is_interference, interference.values())),
         "network": isinstance(network, dict) and isinstance(network.get("fingerprint", ""), str),
         "epochs": _are_counts(summary.get("epochs") or []),
-        "tasks": isinstance(tasks, list) and all(isinstance(t, dict) and type(t.get("name")) is str for t in tasks),
+        "tasks": isinstance(tasks, list)
+        and all(isinstance(t, dict) and type(t.get("name")) is str for t in tasks)
+        and (not tasks or not _is_matrix(accuracy) or len(tasks) == metrics.n_tasks(accuracy)),
         "seconds": isinstance(seconds, dict) and "total" in seconds and all(map(_is_number, seconds.values())),
         "title": isinstance(summary.get("title", ""), str),
         "task_identity": "title" not in summary or isinstance(summary.get("task_identity"), bool),
@@ -172,9 +174,8 @@ def _are_counts(value: Any) -> bool:
 
 def _is_matrix(value: Any) -> bool:
     rows = value if isinstance(value, list) else []
-    return bool(rows) and all(
-        isinstance(row, list) and row and all(x is None or _is_number(x) for x in row) for row in rows
-    )
+    fine = all(isinstance(row, list) and row and all(x is None or _is_number(x) for x in row) for row in rows)
+    return bool(rows) and fine and {len(row) for row in rows} == {len(rows[0])} and len(rows) in (1, len(rows[0]))
 
 
 def _are_of_one_size(value: Any, other: Any) -> bool:

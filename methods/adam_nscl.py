@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from engine import state
 from engine.options import Options, flag
-from engine.task import Split, Task, batches
+from engine.task import Split, Task
+from gradproj.errors import InputError
 from gradproj.optimizers import projected_updates
-from methods.gpm import GPM, Forward
+from methods.gpm import GPM, Batches, Forward
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -47,6 +48,11 @@ class AdamNSCL(GPM):
     plain_step, embeddings = False, False
     state = ("memory", "outer")
 
+    @classmethod
+    def refuse(cls, options: Options) -> None:
+        if options.momentum:
+            raise InputError(f"momentum is {options.momentum}, which is of SGD; adam_nscl's steps are Adam's")
+
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
         self.outer = {key: basis.new_zeros(2 * [len(basis)]) for key, basis in self.memory.bases.items()}  # n Σ
@@ -68,8 +74,8 @@ class AdamNSCL(GPM):
         self.memory.replace({key: used_directions(outer, self.options.nscl_ratio) for key, outer in self.outer.items()})
 
     def representative(self, t: int, train: Split) -> tuple[Iterable[Tensor], dict[str, int]]:
-        size = self.options.batch_size_test
-        return (train.images[start:stop] for start, stop in batches(len(train.labels), size)), {}
+        everything = torch.arange(len(train.labels))
+        return Batches(train.images, everything, self.options.batch_size_test), {}
 
     def memory_floats(self) -> int:
         return state.count(self.outer)  # the bases follow from it

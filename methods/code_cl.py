@@ -41,8 +41,8 @@ class CODECL(SidePathGPM):
     name, title, place = "code_cl", "CODE-CL", 14
     reads = ("n_samples", "samples")
     flags = {
-        "code_alpha": flag(6.0, "α of the conceptors, from which it grows; the larger, the more is held", above=0),
-        "code_mu": flag(0.95, "μ: fraction of the inputs' lengths that a conceptor leaves", minimum=0, below=1),
+        "code_alpha": flag(6.0, "α of the conceptors, from which it grows; the larger, the more is held", minimum=1e-6),
+        "code_mu": flag(0.95, "μ: fraction of the inputs' lengths that a conceptor leaves", minimum=0, maximum=0.9999),
         "code_overlap": flag(0.5, "fraction of tr C from which on tr(C ∧ C') makes a layer scale", minimum=0),
         "code_directions": flag(80, "directions that a task scales a layer in, at most", above=0),
         "region_images": flag(125, "training images of a new task that C' is made from", above=0),

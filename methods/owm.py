@@ -34,6 +34,8 @@ class OWM(Method):
     of the weights that are to be kept. Normalisation parameters are frozen after the first task and heads are not
     protected, as for GPM.
 
+    Differs: the published code lets α fall within each task; here it is one number.
+
     α competes with a sum over batches: with more batches a task the same α leaves less freedom.
 
     Stores Σ d² floats over the layers.

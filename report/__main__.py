@@ -74,6 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = summarise(runs)
         if args.against and not any(args.against in run.summary.get("hyperparameters", {}) for run in runs):
             raise InputError(f"--against {args.against}: none of these runs has such a hyperparameter")
+        if args.against and (args.plots or args.html):
+            from report.plots.draw import sweeps
+
+            if not sweeps(rows, args.against):
+                what = f"no two of these runs differ in {args.against} alone"
+                raise InputError(f"{what}, so nothing can be drawn over it")
         if args.html and args.html.is_dir():
             raise InputError(f"--html {args.html} is a folder; give a file such as {args.html / 'report.html'}")
         print(FORMATS[args.format](rows, problems, validation=bool(args.against) or args.format == "csv"), end="")

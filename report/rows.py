@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, fields
 
 from engine.metrics import average_accuracy, forward_transfer, learned, learned_jointly, n_tasks
 from engine.options import Options, short, told
+from engine.same import ONCE_OF_EVERY_RUN
 from report.published import BENCHMARKS, ORDER, PUBLISHED, Estimate, Published, reproduced
 from report.runs import Run
 
 ORDER_OF_TASKS = "t_order"  # the hyperparameter over which, as over seeds, published figures are means
 # Hyperparameters in which runs of one row may differ, or which name the row otherwise.
-NO_PART_OF_A_ROW = {ORDER_OF_TASKS, "seed", "method", "data", "images", "tasks"} | {
+NO_PART_OF_A_ROW = {ORDER_OF_TASKS, "seed", "method", "data", "images", "tasks", "name"} | {
     field.name for field in fields(Options) if not told(field)["affects_results"]
 }
 
@@ -147,7 +148,8 @@ def _alike(key: tuple, runs: list[Run]) -> dict[tuple, list[Run]]:
     options = [run.summary.get("hyperparameters", {}) | {"n_tasks": n_tasks_of(run)} for run in runs]
     names = sorted(set.intersection(*map(set, options)) - NO_PART_OF_A_ROW)
     of_methods = {method.partition("_")[0] for method in ORDER} - {key[3].partition("_")[0]}
-    names = [name for name in names if name.partition("_")[0] not in of_methods]  # an old file has other methods' flags
+    others = {name for name in ONCE_OF_EVERY_RUN if name.partition("_")[0] in of_methods}  # flags in older files
+    names = [name for name in names if name not in others]
     differing = [name for name in names if len({json.dumps(values[name]) for values in options}) > 1]
     parted: dict[tuple, list[Run]] = {}
     for run, values in zip(runs, options, strict=True):

@@ -98,8 +98,11 @@ def divergence_of(folder: Path) -> str:
 def position_of(folder: Path) -> str:
     """How far an unfinished run has come, as its folder tells; empty where it tells nothing."""
     try:
-        last = json.loads((folder / "epochs.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        lines = (folder / "epochs.jsonl").read_text(encoding="utf-8").splitlines()
+        first, last = json.loads(lines[0]), json.loads(lines[-1])
         n_tasks = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hyperparameters"]["n_tasks"]
+        if first["task"] > 0:  # all tasks are learned together
+            return f"begun: epoch {last['epoch']}"
         return f"begun: task {last['task'] + 1}/{n_tasks}, epoch {last['epoch']}"
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return ""

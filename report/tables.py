@@ -196,6 +196,7 @@ def as_latex(rows: Sequence[Row], problems: Sequence[Problem], validation: bool 
 def _latex(text: str) -> str:
     special = {c: f"\\{c}" for c in "&%$#_{}"}
     special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {c: f"${c}$" for c in "<>|"}
     special |= {"‡": r"$\ddagger$", "±": r"$\pm$", "–": "--", "…": r"\ldots{}"}
     text = "".join(special.get(c, c) for c in text)
     return f"${text[0]}$" + text[1:] if text[:1] in ("-", "+") and text[1:2].isdigit() else text

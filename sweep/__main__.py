@@ -105,8 +105,16 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 def wanted(args: argparse.Namespace, passed_on: Sequence[str]) -> Wanted:
     """What the arguments ask for."""
-    names = ("only", "methods", "table", "seeds", "sweep", "output_dir")
-    return Wanted(args.what == "embedded", *(getattr(args, name) for name in names), passed_on)
+    return Wanted(
+        embedded=args.what == "embedded",
+        only=args.only,
+        methods=args.methods,
+        table=args.table,
+        seeds=args.seeds,
+        sweep=args.sweep,
+        output_dir=args.output_dir,
+        passed_on=passed_on,
+    )
 
 
 def fault(args: argparse.Namespace) -> str | None:
@@ -156,8 +164,6 @@ def finish(outcome: Outcome, folder: Path, against: str | None) -> None:
     runs, problems = find_runs(outcome.folders)
     rows = summarise(runs)
     print(f"\n{tables.as_text(rows, problems, validation=bool(against))}")
-    if against and len(rows) < 2:
-        against = None  # the other values failed
     pictures = [path for path in figures.draw(rows, folder, against) if path.suffix == ".png"]
     pictures += sorted(path for run in runs for path in run.path.glob("*.png"))
     print(f"Pictures (those in {folder} as PDF too):")

@@ -22,6 +22,7 @@ from engine.interrupts import ending_with_parent
 from engine.record import read_summary, scores_in_words
 from engine.same import plain
 from gradproj.errors import InputError
+from methods import METHODS
 from report import tables
 from report.runs import position_of
 from sweep.cluster import Cluster, RemoteProcess
@@ -166,13 +167,15 @@ def show(member: Running) -> None:
     """Bring a job's bar up to date, and say when it has learned a task."""
     if epoch := member.new_epoch():
         n_epochs, n_tasks = member.job.n_epochs, member.job.hyperparameters["n_tasks"]
-        if epoch["task"] > member.task:
-            say(f"{member.job.name}: {epoch['task']} of {n_tasks} tasks learned")
-            member.task = epoch["task"]
-        member.bar.total = n_tasks * n_epochs
-        member.bar.n = epoch["task"] * n_epochs + epoch["epoch"]
-        numbers = f"loss {epoch['train_loss']:.4f}, lr {epoch['lr']:.2g}"
-        member.bar.set_postfix_str(f"task {epoch['task'] + 1}/{n_tasks} {numbers}", refresh=False)
+        is_joint = METHODS[member.job.hyperparameters["method"]].joint  # all tasks are learned in the epochs of one
+        learned = 0 if is_joint else epoch["task"]
+        if learned > member.task:
+            say(f"{member.job.name}: {learned} of {n_tasks} tasks learned")
+            member.task = learned
+        member.bar.total = n_epochs if is_joint else n_tasks * n_epochs
+        member.bar.n = learned * n_epochs + epoch["epoch"]
+        where = "" if is_joint else f"task {epoch['task'] + 1}/{n_tasks} "
+        member.bar.set_postfix_str(f"{where}loss {epoch['train_loss']:.4f}, lr {epoch['lr']:.2g}", refresh=False)
     member.bar.refresh()
 
 

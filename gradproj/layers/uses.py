@@ -86,7 +86,7 @@ class Uses(TorchFunctionMode):
             arguments = {**dict(zip(call.arguments, args, strict=False)), **kwargs}
             # Under protection substitutes, which nobody watches, may stand in the places of the layer's parameters.
             given = [self.alike.get(id(x), x) for x in map(arguments.get, (call.weight, call.bias))]
-            weight, bias = (self.alike.get(id(p), p) for p in layer.all_parameters)
+            weight, bias = layer.all_parameters
             known = given[0] is weight and (arguments.get(call.bias) is None or given[1] is bias)
             if known and layer.understands(arguments):
                 self.on_use(layer, func, arguments)

@@ -34,7 +34,7 @@ def conceptor(columns: Tensor, alpha: float, mu: float) -> Conceptor:
     Args:
         columns: X (d, n).
         alpha: α to begin with; times 1.1 while less than a fraction μ of the inputs' lengths is left of them.
-        mu: μ in [0, 1): Σ ‖C x‖ >= μ Σ ‖x‖.
+        mu: μ in [0, 0.9999], since rounding alone may keep all of the lengths out of reach: Σ ‖C x‖ >= μ Σ ‖x‖.
     """
     columns = columns.double()
     energies, vectors = torch.linalg.eigh(columns @ columns.T / columns.shape[1])

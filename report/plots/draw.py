@@ -9,7 +9,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from engine.options import short
-from gradproj.errors import InputError
 from report.plots.accuracy import accuracy_heat_map, accuracy_over_time, mean_matrix
 from report.plots.bars import bars, scores_against
 from report.plots.interference import interference_histograms
@@ -43,21 +42,20 @@ def draw_pictures(rows: Sequence[Row], save: Save, against: str | None = None) -
     Args:
         rows: the runs, summed up.
         save: takes each figure and its name.
-        against: a hyperparameter that some rows differ in alone; ACC, BWT and interference are drawn over it.
-    Raises:
-        InputError: no two rows differ in `against` alone.
+        against: a hyperparameter; where rows differ in it alone, ACC, BWT and interference are drawn over it.
     """
-    sweeps: list[list[Row]] = []
-    if against:
-        apart = summarise([run for row in rows for run in row.runs], join_orders=False)  # perhaps t_order is swept
-        groups = _grouped(apart, lambda row: (row.benchmark, row.data, row.method, without(row.variant, [against])))
-        sweeps = [members for members in groups if len({str(_value(row, against)) for row in members}) > 1]
-        if not sweeps:
-            raise InputError(f"no two of these runs differ in {against} alone, so nothing can be drawn over it")
     for members in comparisons(rows):
         draw_comparison(members, save)
-    for members in sweeps:
-        draw_sweep(members, against, save)
+    if against:
+        for members in sweeps(rows, against):
+            draw_sweep(members, against, save)
+
+
+def sweeps(rows: Sequence[Row], against: str) -> list[list[Row]]:
+    """Rows that differ in a hyperparameter alone, two or more of each kind."""
+    apart = summarise([run for row in rows for run in row.runs], join_orders=False)  # perhaps t_order is swept
+    groups = _grouped(apart, lambda row: (row.benchmark, row.data, row.method, without(row.variant, [against])))
+    return [members for members in groups if len({str(_value(row, against)) for row in members}) > 1]
 
 
 def comparisons(rows: Sequence[Row]) -> list[list[Row]]:

@@ -156,6 +156,14 @@ def test_groups_that_cannot_be_made(groups, message):
         own.by_class((IMAGES, LABELS), groups)
 
 
+def test_a_class_by_its_name_and_by_its_label_is_one():
+    class Named(TensorDataset):
+        targets, classes = LABELS, list("abcdef")
+
+    with pytest.raises(InputError, match=r"^'b' and 1 are the same class; each belongs to one task$"):
+        own.by_class(Named(IMAGES, LABELS), [["a", "b"], [1]])
+
+
 def test_a_class_with_too_few_images():
     with pytest.raises(
         InputError, match="class 0 has too few images; it must have some to train on and some to test on"

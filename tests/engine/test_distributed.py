@@ -17,7 +17,7 @@ from torch import nn
 
 from engine import distributed
 from engine.folder import load_checkpoint
-from tests import ROOT
+from tests import ROOT, tiny
 from tests.processes import SECONDS, environment
 from tests.tiny import run_folder
 
@@ -63,7 +63,8 @@ def test_two_processes_are_one_run_and_equal_one(one, tmp_path):
     done = ended(torchrun("main_pmnist.py", *TINY, "--output_dir", str(tmp_path)))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ACC") == 1
-    assert "2 processes share every batch" in done.stdout
+    assert ", 2 processes, folder" in done.stdout
+    assert summary(tmp_path)["device"] == f"{summary(one)['device']}, 2 processes"
     assert "numbers differ" not in done.stdout
     assert summary(tmp_path)["accuracy"] == summary(one)["accuracy"]
     assert summary(tmp_path)["accuracy"][-1][-1] > 20  # of ten classes: it learned
@@ -127,10 +128,16 @@ def test_shares_of_a_batch(monkeypatch):
         assert n < 6 or [start for start, _, _ in shares] == [0, *(stop for _, stop, _ in shares[:-1])]
 
 
+def test_what_differs_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "differences", lambda model: ["dropout drew other units"])
+    summary = tiny.run(tiny.options(tmp_path), tiny.benchmark(), tiny.Network())
+    assert summary["data"]["notes"] == ["made up", "dropout drew other units"]
+
+
 def test_what_differs_is_said(monkeypatch):
-    assert distributed.notes(nn.BatchNorm1d(2)) == []
+    assert distributed.differences(nn.BatchNorm1d(2)) == []
     monkeypatch.setattr(distributed, "is_shared", lambda: True)
     monkeypatch.setattr(distributed, "n_processes", lambda: 2)
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.5), nn.Dropout(0.0))
-    assert [note.split()[0] for note in distributed.notes(network)] == ["2", "BatchNorm", "dropout"]
-    assert len(distributed.notes(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)))) == 1
+    assert [note.split()[0] for note in distributed.differences(network)] == ["BatchNorm", "dropout"]
+    assert distributed.differences(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0))) == []

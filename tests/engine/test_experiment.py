@@ -16,6 +16,7 @@ from engine import hardware, training
 from engine.metrics import average_accuracy, backward_transfer
 from engine.options import Options
 from engine.progress import Progress
+from engine.standing import Epoch
 from gradproj import GradientProjectionMemory
 from gradproj.errors import InputError
 from gradproj.projection import full_float32
@@ -350,6 +351,24 @@ def test_one_kind_of_flag_lets_products_round_and_the_projection_spares_itself(t
     finally:
         for backend, value in zip(flags, before, strict=True):
             backend.allow_tf32 = value
+
+
+def test_tensorboard_counts_the_epochs_of_all_tasks(tmp_path):
+    class Board:
+        def __init__(self) -> None:
+            self.steps = set()
+
+        def add_scalar(self, name, value, step):
+            self.steps.add(step)
+
+        def close(self):
+            pass
+
+    progress = Progress("tiny", tiny.options(tmp_path, n_epochs=7), tmp_path, done=1)  # continued within task 2
+    progress.board = Board()
+    progress.epoch(Epoch(1, 4, 0.1, 1.0, None, 1.0, 50.0, 0.1))
+    progress.close()
+    assert progress.board.steps == {7 + 4}
 
 
 def test_the_groups_of_a_layer_are_one_entry_of_the_memorys_line(tmp_path, capsys):

@@ -95,12 +95,14 @@ class TestWithoutItsBias:
         memory.update(memory.model, [OLD], threshold=1.0)
         assert memory.bases["b"][-1].abs().max() == 0 < memory.bases["a"][-1].abs().max()
 
-    def test_a_bias_that_is_not_added_moves_nothing(self):
-        model = WithoutBias(D, 4)
+    @pytest.mark.parametrize(("make", "bias"), [(lambda: WithoutBias(D, 4), "bias"), (Convolved, "conv.bias")])
+    def test_a_bias_that_is_not_added_moves_nothing(self, make, bias):
+        model = make()
         memory = GradientProjectionMemory(model)
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        model.bias.data += 1
-        assert interference(model, memory.layers, before, lambda: model(OLD))[""]["ratio"] == 0
+        model.get_parameter(bias).data += 1
+        found = interference(model, memory.layers, before, lambda: model(OLD))
+        assert found[bias.rpartition(".")[0]]["ratio"] == 0
 
 
 class TestOtherUses:
@@ -176,8 +178,9 @@ class TestOtherUses:
 
 
 class TestGradientsOfOtherKinds:
-    def test_vectorized_jacobians_are_projected(self):
-        model = nn.Linear(D, 3)
+    @pytest.mark.parametrize("n_outputs", [3, 60], ids=["gradient side", "input side"])
+    def test_vectorized_jacobians_are_projected(self, n_outputs):
+        model = nn.Linear(D, n_outputs)
         memory = GradientProjectionMemory(model)
         memory.update(model, [OLD], threshold=1.0)
         with memory.protect():
@@ -185,8 +188,9 @@ class TestGradientsOfOtherKinds:
         assert_close(jacobian[0, :, 0], model.weight.detach())
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-    def test_forward_mode(self):
-        model = nn.Linear(D, 3)
+    @pytest.mark.parametrize("n_outputs", [3, 60], ids=["gradient side", "input side"])
+    def test_forward_mode(self, n_outputs):
+        model = nn.Linear(D, n_outputs)
         memory = GradientProjectionMemory(model)
         memory.update(model, [OLD], threshold=1.0)
         with memory.protect(), torch.autograd.forward_ad.dual_level():
@@ -224,7 +228,19 @@ class Merged(nn.Linear):
         return super().forward(x) if self.is_merged else super().forward(x) + self.up(self.down(x))
 
 
+class AlwaysTested(nn.Linear):
+    def train(self, mode: bool = True) -> AlwaysTested:
+        return super().train(False)
+
+
 class TestBatchesAndModes:
+    def test_a_model_that_does_not_take_the_mode_it_is_given(self):
+        model = nn.Sequential(AlwaysTested(D, 3))
+        model[0].training = True
+        with in_eval_mode(model):
+            assert not model[0].training
+        assert model[0].training
+
     def test_all_inputs_of_a_model_that_takes_any_number(self):
         memory = GradientProjectionMemory(Sum())
         memory.update(memory.model, [(OLD, 2 * OLD.flip(1))], threshold=1.0)

@@ -110,6 +110,7 @@ def test_a_sweep_is_in_it_too(tmp_path, page, capsys):
     for value in (0.9, 0.99):
         changes = {"variant": f"threshold={value}", "hyperparameters": {"threshold": [value]}}
         write(tmp_path / "runs" / str(value), **changes)
+    write(tmp_path / "runs" / "other", benchmark="pmnist")  # which was not swept
     assert 'alt="real-cifar100-default-gpm-threshold-sweep"' in page("--against", "threshold").read_text()
 
 

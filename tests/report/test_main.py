@@ -50,6 +50,10 @@ from tests.report.written import rows_of, summary, write
         json.dumps(summary(title="GPM")),  # without saying whether it uses the task's identity
         json.dumps(summary(data={"kind": "real", "sources": {"cifar100": None}})),
         json.dumps(summary(valid_accuracy=[[]])),
+        json.dumps(summary(accuracy=[[90.0], [80.0]])),
+        json.dumps(summary(accuracy=[[90.0, None], [80.0]])),
+        json.dumps(summary(accuracy=[[90.0, None, None], [80.0, 80.0, None]])),
+        json.dumps(summary(tasks=[{"name": "a"}])),  # where the accuracy is of two
         json.dumps({name: value for name, value in summary().items() if name != "backward_transfer"}),
     ],
 )
@@ -68,6 +72,9 @@ def test_unfinished_runs_are_listed_with_their_position(tmp_path, capsys):
     (folder / "epochs.jsonl").write_text('{"task": 0, "epoch": 7}\n')
     assert report.main([str(tmp_path)]) == 0
     assert f"unfinished: {folder} (begun: task 1/2, epoch 7" in capsys.readouterr().out
+    (folder / "epochs.jsonl").write_text('{"task": 1, "epoch": 1}\n{"task": 1, "epoch": 2}\n')  # learned together
+    assert report.main([str(tmp_path)]) == 0
+    assert f"unfinished: {folder} (begun: epoch 2;" in capsys.readouterr().out
 
 
 def test_diverged_runs_are_listed_with_where(tmp_path, capsys):
@@ -101,6 +108,10 @@ def test_formats_parse(tmp_path):
     n_columns = tables.as_latex(rows, []).split("{tabular}{")[1].index("}")
     assert all(line.count(" & ") == n_columns - 1 for line in latex.strip().splitlines())
     assert "n\\_epochs=20" in latex
+
+
+def test_signs_in_latex(tmp_path):
+    assert tables._latex("|a - b| <= 1") == "$|$a - b$|$ $<$= 1"
 
 
 def test_the_command_of_several_seeds_is_one_sweep(tmp_path):

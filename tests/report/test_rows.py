@@ -195,6 +195,19 @@ def test_an_old_files_flags_of_other_methods_part_no_row(tmp_path):
     assert row.variant == "default"
 
 
+def test_a_hyperparameter_called_like_another_method_is_one_all_the_same(tmp_path):
+    for seed, value in ((1, 5), (2, 50)):
+        write(tmp_path / str(seed), seed=seed, hyperparameters={"code_length": value})
+    assert [row.variant for row in rows_of(tmp_path)] == ["code_length=5", "code_length=50"]
+
+
+def test_a_name_given_to_own_images_parts_no_row(tmp_path):
+    for seed, name in ((1, ""), (2, "pictures")):
+        write(tmp_path / str(seed), seed=seed, hyperparameters={"name": name})
+    (row,) = rows_of(tmp_path)
+    assert row.seeds == [1, 2]
+
+
 def test_a_mean_over_other_tasks_or_networks_is_noted(tmp_path):
     """Of one's own benchmarks; of the published ones the hyperparameters tell."""
     tasks = [[{"name": "a", "classes": ["x"]}, {"name": "b", "classes": [name]}] for name in "yz"]

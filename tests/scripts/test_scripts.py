@@ -17,7 +17,7 @@ import torch
 from dataloader.embedded import render as embedded
 from engine import hardware
 from engine.cli import parse, script
-from engine.options import Options, check, default_of, defaults, is_read, overridden, variant, with_flags
+from engine.options import Options, check, default_of, defaults, is_read, overridden, unread, variant, with_flags
 from gradproj.errors import InputError
 from methods import METHODS
 from tests import ROOT
@@ -141,6 +141,31 @@ def test_a_protocol_has_its_own_defaults_under_the_command_lines():
     ]
 
 
+def test_a_run_repeated_by_another_protocol_has_that_ones_defaults(tmp_path):
+    kind = importlib.import_module("main_miniimagenet").Hyperparameters
+    config = tmp_path / "config.json"
+    config.write_text(
+        json.dumps({"hyperparameters": dataclasses.asdict(parse(kind, METHODS, ["--n_tasks", "3"], None)[0])})
+    )
+    made = parse(kind, METHODS, ["--config", str(config), "--protocol", "later"], None)[0]
+    assert (made.n_epochs, made.batch_size_train, made.n_tasks) == (100, 64, 3)
+
+
+def test_flags_of_the_other_schedule_are_said_to_do_nothing():
+    kind = importlib.import_module("main_pmnist").Hyperparameters
+    flags = ["--lr_min", "1e-5", "--lr_patience", "7", "--lr_factor", "3"]
+    constant, plateau = (parse(kind, METHODS, [*flags, "--schedule", s], None)[0] for s in ("constant", "plateau"))
+    assert unread(plateau, METHODS["gpm"]) == []
+    assert unread(constant, METHODS["gpm"]) == [
+        f"{name} is read by --schedule plateau alone" for name in ("lr_patience", "lr_factor")
+    ]
+
+
+def test_small_negative_numbers_are_numbers():
+    kind = importlib.import_module("main_cifar100").Hyperparameters
+    assert parse(kind, METHODS, ["--threshold_step", "-1e-4"], None)[0].threshold_step == -1e-4
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_run_by_the_later_protocol_can_be_repeated(tiny_run, tmp_path):
     summary = tiny_run("main_miniimagenet", tmp_path, "--protocol", "later", "--quiet")
@@ -245,6 +270,12 @@ BAD = {
     "negative lr": ("--lr -0.1", "lr is -0.1; it must be positive"),
     "lr not a number": ("--lr nan", "lr is nan; it must be positive"),
     "momentum": ("--momentum 1", "momentum is 1.0; it must be in [0, 1)"),
+    "momentum of Adam": (
+        "--method adam_nscl --momentum 0.5",
+        "momentum is 0.5, which is of SGD; adam_nscl's steps are",
+    ),
+    "a conceptor that leaves all": ("--method code_cl --code_mu 1", "code_mu is 1.0; it must be in [0, 0.9999]"),
+    "no aperture": ("--method code_cl --code_alpha 1e-170", "code_alpha is 1e-170; it must be 1e-06 or more"),
     "no tasks": ("--n_tasks 0", "n_tasks is 0; it must be positive"),
     "negative seed": ("--seed -1", "seed is -1"),
     "no images": ("--n_train 0", "n_train is 0; it must be positive"),

@@ -31,7 +31,7 @@ time.sleep(seconds)
 (folder / "summary.json").write_text(json.dumps({
     "benchmark": "pmnist", "method": "gpm", "variant": "default", "seed": 1, "device": "cpu", "finished": True,
     "data": {"kind": "embedded"}, "average_accuracy": 90.0, "backward_transfer": -1.0, "accuracy": [[90.0]],
-    "seconds": {"total": 1.0}, "hyperparameters": {"n_tasks": 2, "threshold": [0.9]},
+    "seconds": {"total": 1.0}, "hyperparameters": {"method": "gpm", "n_tasks": 2, "threshold": [0.9]},
     "commit": "c0ffee",
 }))
 """
@@ -44,7 +44,7 @@ def at_a_commit(monkeypatch):
 
 def fake_job(tmp_path, name, seconds=0.0, code=FAKE):
     command = (sys.executable, "-u", "-c", code, str(tmp_path / name), str(seconds))
-    found = {"n_tasks": 2, "threshold": (0.9,)}
+    found = {"method": "gpm", "n_tasks": 2, "threshold": (0.9,)}
     return jobs.Job(name, command, tmp_path / "logs" / f"{name}.log", tmp_path / name, found, n_epochs=5)
 
 
@@ -217,6 +217,14 @@ def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, capsys):
     assert "first: ACC 90.00 %, BWT -1.00" in said and "first: 1 of 2 tasks learned\n" in said
 
 
+def test_tasks_that_are_learned_together_are_learned_at_the_end(tmp_path, capsys):
+    job = fake_job(tmp_path, "joint", code=FAKE.replace("(0, 5), (1, 1)", "(1, 1), (1, 2)"))
+    job = job._replace(hyperparameters=job.hyperparameters | {"method": "multitask"})
+    assert jobs.run_jobs([job], 1, 1).folders == [tmp_path / "joint"]
+    said = capsys.readouterr().out
+    assert "joint: ACC 90.00 %" in said and "tasks learned" not in said
+
+
 def test_a_log_keeps_what_earlier_starts_said(tmp_path, capsys):
     first = fake_job(tmp_path, "a", code="print('learned for hours'); raise SystemExit(3)")
     jobs.run_jobs([first], 1, 1)
@@ -243,7 +251,7 @@ def test_a_finished_run_of_other_hyperparameters_is_not_taken_for_the_one_asked_
     job = fake_job(tmp_path, "once")
     jobs.run_jobs([job], 1, 1)
     (tmp_path / "once/began").unlink()
-    jobs.run_jobs([job._replace(hyperparameters={"n_tasks": 2, "threshold": (0.95,)})], 1, 1)
+    jobs.run_jobs([job._replace(hyperparameters=job.hyperparameters | {"threshold": (0.95,)})], 1, 1)
     assert (tmp_path / "once/began").exists()  # its own script is asked, which refuses or begins anew
 
 
