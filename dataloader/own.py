@@ -90,7 +90,7 @@ def task(
         classes: labels in the order of the outputs; default those of the training images, ascending.
         names: what the classes are called, in the same order; default their numbers.
         pc_valid: fraction of the training images to hold out, drawn at random.
-        seed: with the task's labels decides which.
+        seed: together with their number decides which.
         keys: see `stream`.
     Raises:
         InputError: the data cannot be read, or have labels that are not among the classes.

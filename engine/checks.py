@@ -170,7 +170,7 @@ def _check_single_images(
     later = [(j, part) for j, counts in enumerate(sizes) if j > t for part, n in counts.items() if n == 1]
     alone += [f"task {j + 1} has 1 {PART_WORDS[part]} image" for j, part in later]
     parts += [part for _, part in later]
-    if not alone or not _takes(model, task.train.images[:1].repeat_interleave(2, dim=0), t):  # as will be said
+    if not alone or not _takes(model, task.train.images[:1].repeat_interleave(2, dim=0), t):  # another check says so
         return
     try:
         model(task.train.images[:1], t)

@@ -260,31 +260,41 @@ def silence() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def script(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
-    """Run a script's main; what went wrong is one line on stderr and the error's exit code."""
-    program = Path(sys.argv[0]).name
+def say(program: str, text: str) -> None:
+    """A line on stderr; of several processes of a run the first one says it."""
+    if is_first_to_say(text):
+        print(f"{program}: {text}", file=sys.stderr)
+
+
+def exit_code(program: str, run: Callable[[], int]) -> int:
+    """What `run` returns; what went wrong in it is one line on stderr, and the error's exit code."""
     tolerate_consoles()
-    hardware.flush_denormals()
-
-    def say(text: str) -> None:
-        if is_first_to_say(text):
-            print(f"{program}: {text}", file=sys.stderr)
-
-    warnings.showwarning = lambda message, *_: say(f"warning: {message}")
     try:
-        with stoppable(), joined():
-            main(None)
+        return run()
     except (InputError, DivergenceError, Stopped) as error:
-        say(f"error: {error}")
-        sys.exit(error.exit_code)
+        say(program, f"error: {error}")
+        return error.exit_code
     except OSError as error:  # of a path that may not be entered, say, or a pipe that nobody reads any more
         with suppress(OSError):
-            say(f"error: {refusal(error)}")
+            say(program, f"error: {refusal(error)}")
         silence()
-        sys.exit(InputError.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not hardware.is_out_of_memory(error):
             raise
-        say("error: there is not enough memory for this network, its batches or its images; choose smaller ones")
-        sys.exit(InputError.exit_code)
-    sys.exit(0)
+        what = "there is not enough memory for this network, its batches or its images; choose smaller ones"
+        say(program, f"error: {what}")
+    return InputError.exit_code
+
+
+def script(main: Callable[[Sequence[str] | None], Any]) -> NoReturn:
+    """Run a script's main, and exit."""
+    program = Path(sys.argv[0]).name
+    hardware.flush_denormals()
+    warnings.showwarning = lambda message, *_: say(program, f"warning: {message}")
+
+    def run() -> int:
+        with stoppable(), joined():
+            main(None)
+        return 0
+
+    sys.exit(exit_code(program, run))

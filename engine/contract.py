@@ -16,10 +16,7 @@ from engine.options import Options, default_of, told
 from gradproj import GradientProjectionMemory
 from gradproj.errors import InputError
 
-SWITCHES = (
-    *("joint", "mixes_tasks", "knows_n_tasks", "plain_step", "graph_step", "learns_when_full", "task_identity"),
-    "one_network",
-)
+SWITCHES = "joint mixes_tasks knows_n_tasks plain_step graph_step learns_when_full task_identity one_network".split()
 STEP = ("loss", "backward", "after_step")  # the moments of a step
 
 

@@ -46,9 +46,9 @@ CHECKPOINT_SECONDS = 60  # within a task, save at most this often, so that short
 EPOCHS = "epochs.jsonl"
 INTERFERENCE_IMAGES = 256  # of the first task, to measure how far its layer outputs moved
 # What a checkpoint keeps of a run as it is, besides the states of network, method and task.
-KEPT = (
-    *("position", "accuracy", "columns", "statistics", "first", "interference", "epochs", "seconds", "threads"),
-    *("network", "initial", "commits", "devices", "shared", "frozen"),
+CHECKPOINT_FIELDS = (
+    "position accuracy columns statistics first interference epochs seconds threads network initial commits devices "
+    "shared frozen".split()
 )
 
 
@@ -264,7 +264,7 @@ class Run:
             "model": progress.weights if boundary else self.method.weights(),
             "method": progress.method if boundary else self.method.state_dict(),
             "task_progress": progress.state_dict() if boundary else None,
-            **{name: getattr(self, name) for name in KEPT},
+            **{name: getattr(self, name) for name in CHECKPOINT_FIELDS},
         }
 
     def save(self) -> None:
@@ -325,7 +325,7 @@ class Run:
         since = {"threads": self.threads, "interference": None, "network": self.network, "initial": {}}
         state = since | {"commits": [], "devices": [], "shared": [], "frozen": self.frozen} | state
         commits, devices, shared = self.commits, self.devices, self.shared
-        for name in KEPT:
+        for name in CHECKPOINT_FIELDS:
             setattr(self, name, state[name])
         for name, p in self.method.model.named_parameters():
             if p.requires_grad == (name in self.frozen):

@@ -22,7 +22,7 @@ from gradproj.files import is_ours, load_tensors, save_tensors
 
 NEXT, NEWEST, RESERVE = "checkpoint-next.pt", "checkpoint.pt", "checkpoint-previous.pt"  # NEXT only while saving
 LOCK, HOLDER = ".lock", ".holder"
-KEPT = "weights-{}.pt"  # of the network after a task, numbered from 0, with --keep each
+TASK_WEIGHTS = "weights-{}.pt"  # of the network after a task, numbered from 0, with --keep each
 DIVERGED = "divergence.txt"
 OUTPUTS = ("config.json", "epochs.jsonl", "summary.json", "accuracy.csv", "accuracy.png", "memory.png", DIVERGED)
 
@@ -50,7 +50,7 @@ def hold(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         (folder / HOLDER).write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
-        remove_leftovers(folder, (*OUTPUTS, NEXT, KEPT.format("*")))
+        remove_leftovers(folder, (*OUTPUTS, NEXT, TASK_WEIGHTS.format("*")))
     except filelock.Timeout as error:
         holder = (folder / HOLDER).read_text(encoding="utf-8") if (folder / HOLDER).exists() else "another process"
         raise InputError(f"{holder} is at work in {folder}; wait for it or choose another folder") from error
@@ -124,7 +124,7 @@ def save_last(folder: Path, state: dict[str, Any]) -> None:
 
 def keep_weights(folder: Path, t: int, weights: dict[str, Tensor]) -> None:
     """Keep what training moved (Method.weights), as it is after task t."""
-    save_tensors(folder / KEPT.format(t), weights)
+    save_tensors(folder / TASK_WEIGHTS.format(t), weights)
 
 
 def weights_after(t: int, folder: Path, state: dict[str, Any]) -> dict[str, Tensor] | None:
@@ -139,13 +139,13 @@ def weights_after(t: int, folder: Path, state: dict[str, Any]) -> dict[str, Tens
     """
     if t == state["position"] - 1 and state["task_progress"] is None:
         return state["model"]
-    path = folder / KEPT.format(t)
+    path = folder / TASK_WEIGHTS.format(t)
     return load_tensors(path) if path.exists() else None
 
 
 def kept_weights(folder: Path) -> list[Path]:
     """The files with the weights after each task."""
-    return [path for path in folder.glob(KEPT.format("*")) if path.stem.rpartition("-")[2].isdecimal()]
+    return [path for path in folder.glob(TASK_WEIGHTS.format("*")) if path.stem.rpartition("-")[2].isdecimal()]
 
 
 def forget(folder: Path) -> None:

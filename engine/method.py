@@ -190,9 +190,10 @@ class Method:
     def _modules_of(self, t: int) -> list[nn.Module]:
         return self.task_modules[t] if t < len(self.task_modules) else []
 
-    def frozen_normalization(self) -> AbstractContextManager[None]:
-        """A context in which shared normalisation layers' scales and shifts get no gradient, as under GPM."""
-        return frozen(normalization_parameters(self.model, self.task_module_names))
+    def frozen_normalization(self, t: int) -> AbstractContextManager[None]:
+        """A context in which, from the second task on, shared normalisation layers' scales and shifts get no gradient,
+        as under GPM."""
+        return frozen(normalization_parameters(self.model, self.task_module_names) if t else ())
 
     @property
     def task_module_names(self) -> list[str]:

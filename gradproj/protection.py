@@ -32,9 +32,8 @@ class _GradientSide(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_weight: Tensor | None, grad_bias: Tensor | None):
-        given = [g.detach() for g in (grad_weight, grad_bias) if g is not None]
-        if ctx.project.first_size is None and not any(map(is_legacy_batchedtensor, given)):
-            ctx.project.first_size = sum(g.norm() for g in given)
+        if ctx.project.first_size is None:
+            ctx.project.first_size = sum(g.detach().norm() for g in (grad_weight, grad_bias) if g is not None)
         return *ctx.project(grad_weight, grad_bias), None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class AdamNSCL(GPM):
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
         self.projectors = {name: self.projector(layer) for name, layer in self.memory.layers.items()}
-        with self.frozen_normalization() if t else nullcontext(), ExitStack() as self.projecting:
+        with self.frozen_normalization(t), ExitStack() as self.projecting:
             yield
 
     def optimizer(self, t: int, lr: float) -> torch.optim.Optimizer:

@@ -12,7 +12,7 @@ from gradproj.errors import InputError
 from gradproj.layers import Layer
 from gradproj.projection import LayerProjector
 from methods.gpm import Forward
-from methods.parts.conceptors import Conceptor, both, conceptor, either
+from methods.parts.conceptors import Conceptor, conceptor, conjunction, disjunction
 from methods.parts.regions import some_of
 from methods.parts.scaled import scaled_projector
 from methods.parts.side_paths import SidePath, SidePathGPM
@@ -76,7 +76,7 @@ class CODECL(SidePathGPM):
         if t:
             images = some_of(self, t, task.train, self.options.region_images).images
             for key, new in self.conceptors(lambda batch: self.model(batch, t), [images], {}).items():
-                shared = both(self.held(key), new)
+                shared = conjunction(self.held(key), new)
                 near = shared.values.sum() > self.options.code_overlap * self.strengths[key].sum()
                 if near and len(shared.vectors) > n:
                     U = shared.vectors[:, :n].to(images.dtype)
@@ -88,7 +88,7 @@ class CODECL(SidePathGPM):
 
     def remember(self, t: int, forward: Forward, images: Iterable[Tensor], samples: dict[str, int]) -> None:
         new = self.conceptors(forward, images, samples)
-        found = {key: either(self.held(key), C).above(LEAST) for key, C in new.items()}
+        found = {key: disjunction(self.held(key), C).above(LEAST) for key, C in new.items()}
         self.memory.replace({key: C.vectors for key, C in found.items()})
         self.strengths = {key: C.values for key, C in found.items()}
 

@@ -25,7 +25,7 @@ Weights = dict[nn.Parameter, Tensor]
 
 
 class FSDGPM(GPM, Replay):
-    """GPM by degrees that it learns, at weights that look uphill, with replay.
+    """GPM with projections of learned softness, steps on weights moved uphill (as in SAM), and replay.
 
     A step, on a batch x and as many images x' of the memory: from w_0 = w, for the halves h = 1, 2 of x,
 
@@ -87,7 +87,7 @@ class FSDGPM(GPM, Replay):
     @contextmanager
     def learning(self, t: int, task: Task) -> Iterator[None]:
         self.directions = {key: self.memory.bases[key].to(s) for key, s in self.softness.items()}  # V (d, k)
-        with self.frozen_normalization() if t else nullcontext():
+        with self.frozen_normalization(t):
             yield
 
     def backward(self, images: Tensor, labels: Tensor, t: int) -> Tensor:

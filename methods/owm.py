@@ -88,7 +88,7 @@ class OWM(Method):
             )
             for name, layer in self.layers.items()
         }
-        with self.frozen_normalization(), projecting(self.projectors):
+        with self.frozen_normalization(t), projecting(self.projectors):
             yield
 
     @torch.no_grad()

@@ -12,13 +12,13 @@ python -m report results/real --successors docs/successors.md               # an
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli import Parser, silence
-from engine.files import refusal, write_json
-from engine.progress import tolerate_consoles
+from engine.cli import Parser, exit_code
+from engine.files import write_json
 from gradproj.errors import InputError
 from report.pages import PAGES, update_page
 from report.rows import summarise
@@ -49,7 +49,10 @@ def _file_name_part(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 1 where a path has no run, or only damaged ones, 2 for bad input."""
-    tolerate_consoles()
+    return exit_code("report", lambda: report(make_parser().parse_args(argv)))
+
+
+def make_parser() -> Parser:
     parser = Parser(prog="python -m report", description=__doc__)
     parser.add_argument("paths", nargs="+", type=Path, help="run folders, or folders that hold them at any depth")
     parser.add_argument("--format", choices=tuple(FORMATS), default="text", help="of the table (default: text)")
@@ -68,50 +71,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--successors", type=Path, metavar="FILE", help="put GPM's successors beside it between this file's markers"
     )
-    args = parser.parse_args(argv)
-    try:
-        runs, problems = find_runs(args.paths)
-        rows = summarise(runs)
-        if args.against and not any(args.against in run.summary.get("hyperparameters", {}) for run in runs):
-            raise InputError(f"--against {args.against}: none of these runs has such a hyperparameter")
-        if args.against and (args.plots or args.html):
-            from report.plots.draw import sweeps
+    return parser
 
-            if not sweeps(rows, args.against):
-                what = f"no two of these runs differ in {args.against} alone"
-                raise InputError(f"{what}, so nothing can be drawn over it")
-        if args.html and args.html.is_dir():
-            raise InputError(f"--html {args.html} is a folder; give a file such as {args.html / 'report.html'}")
-        print(FORMATS[args.format](rows, problems, validation=bool(args.against) or args.format == "csv"), end="")
-        written = []
-        if args.plots:
-            from report.plots.draw import draw  # Matplotlib takes a second to import, which a table need not wait for
 
-            written += draw(rows, args.plots, args.against)
-        if args.html:
-            from report.html import write_report
+def report(args: argparse.Namespace) -> int:
+    """Print the table and write what else is asked for; returns the exit code."""
+    runs, problems = find_runs(args.paths)
+    rows = summarise(runs)
+    if args.against and not any(args.against in run.summary.get("hyperparameters", {}) for run in runs):
+        raise InputError(f"--against {args.against}: none of these runs has such a hyperparameter")
+    if args.against and (args.plots or args.html):
+        from report.plots.draw import sweeps
 
-            write_report(args.html, rows, problems, args.against)
-            written.append(args.html)
-        if args.collect:
-            written += collect([run for row in rows for run in row.runs], args.collect)
-        for name, table in PAGES.items():
-            if path := getattr(args, name):
-                update_page(path, table(rows, problems))
-                written.append(path)
-        for path in written:
-            print(f"wrote {path}", file=sys.stderr)
-        statuses = {problem.status for problem in problems}
-        if "missing" in statuses or ("damaged" in statuses and not runs):
-            return 1
-    except InputError as error:
-        print(f"report: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"report: error: {refusal(error)}", file=sys.stderr)
-        silence()
-        return 2
-    return 0
+        if not sweeps(rows, args.against):
+            what = f"no two of these runs differ in {args.against} alone"
+            raise InputError(f"{what}, so nothing can be drawn over it")
+    if args.html and args.html.is_dir():
+        raise InputError(f"--html {args.html} is a folder; give a file such as {args.html / 'report.html'}")
+    print(FORMATS[args.format](rows, problems, validation=bool(args.against) or args.format == "csv"), end="")
+    written = []
+    if args.plots:
+        from report.plots.draw import draw  # Matplotlib takes a second to import, which a table need not wait for
+
+        written += draw(rows, args.plots, args.against)
+    if args.html:
+        from report.html import write_report
+
+        write_report(args.html, rows, problems, args.against)
+        written.append(args.html)
+    if args.collect:
+        written += collect([run for row in rows for run in row.runs], args.collect)
+    for name, table in PAGES.items():
+        if path := getattr(args, name):
+            update_page(path, table(rows, problems))
+            written.append(path)
+    for path in written:
+        print(f"wrote {path}", file=sys.stderr)
+    statuses = {problem.status for problem in problems}
+    return int("missing" in statuses or ("damaged" in statuses and not runs))
 
 
 if __name__ == "__main__":

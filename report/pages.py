@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from engine.files import write_text
 from gradproj.errors import InputError
-from report.published import BENCHMARKS, ORDER
+from report.published import ALWAYS, BENCHMARKS, ORDER, place_in
 from report.rows import Row
 from report.runs import Problem
 from report.successors import successor_tables
 from report.tables import CLASS_INCREMENTAL, FORWARD, ORIGIN, as_markdown
 
-ALWAYS = ("gpm", "naive")  # methods of the short table
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # What the short table leaves to the page of all results, and what that page leaves out.
 LEFT_TO_THE_PAGE = (FORWARD, CLASS_INCREMENTAL, "seconds", "hardware", *ORIGIN)
@@ -29,12 +28,8 @@ def short_table(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
         if row.data == "real" and (key not in best or closeness(row) > closeness(best[key])):
             best[key] = row
     rows = [row for row in best.values() if row.compared or row.method in ALWAYS]
-    chosen = sorted(rows, key=lambda row: (_place(BENCHMARKS, row.benchmark), _place(ORDER, row.method)))
+    chosen = sorted(rows, key=lambda row: (place_in(BENCHMARKS, row.benchmark), place_in(ORDER, row.method)))
     return as_markdown(chosen, problems, without=LEFT_TO_THE_PAGE)
-
-
-def _place(names: Iterable[str], name: str) -> int:
-    return next((i for i, known in enumerate(names) if known == name), 99)
 
 
 def closeness(row: Row) -> tuple:

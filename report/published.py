@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 BENCHMARKS = {
@@ -14,6 +15,13 @@ BENCHMARKS = {
 # In the order of a paper's table; a method of the user's own comes after these.
 SUCCESSORS = ("dual_gpm", "sgp", "dfgp", "trgp", "code_cl", "cuber", "fs_dgpm", "adam_nscl")  # of GPM
 ORDER = ("multitask", "single", "owm", "ogd", "gem", "ewc", "hat", "a_gem", "er", "gpm", *SUCCESSORS, "naive")
+ALWAYS = ("gpm", "naive")  # methods that stand in every comparison
+
+
+def place_in(names: Iterable[str], name: str) -> int:
+    """The place of a name in an order; of a name that is not in it, after all others."""
+    known = list(names)
+    return known.index(name) if name in known else len(known)
 
 
 CUBER_TABLE = "CUBER, Table 1"

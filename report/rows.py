@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from engine.metrics import average_accuracy, forward_transfer, learned, learned_jointly, n_tasks
 from engine.options import Options, short, told
 from engine.same import ONCE_OF_EVERY_RUN
-from report.published import BENCHMARKS, ORDER, PUBLISHED, Estimate, Published, reproduced
+from report.published import BENCHMARKS, ORDER, PUBLISHED, Estimate, Published, place_in, reproduced
 from report.runs import Run
 
 ORDER_OF_TASKS = "t_order"  # the hyperparameter over which, as over seeds, published figures are means
@@ -131,8 +131,8 @@ def summarise(runs: Sequence[Run], join_orders: bool = True) -> list[Row]:
 
     def order(key: tuple) -> tuple:
         benchmark, data, variant, method, notes = key
-        place = [list(names).index(name) if name in names else 99 for names, name in _named(benchmark, method)]
-        return place[0], benchmark, data != "real", variant != "default", variant, place[1], method, notes
+        first = place_in(BENCHMARKS, benchmark), benchmark, data != "real", variant != "default", variant
+        return *first, place_in(ORDER, method), method, notes
 
     rows = [_row(key, parted[key]) for key in sorted(parted, key=order)]
     alone = {(row.benchmark, row.data, row.variant): row for row in rows if row.method == "single"}
@@ -172,10 +172,6 @@ def _forward_transfer(row: Row, single: Row) -> Estimate | None:
             return None
         values.append(forward_transfer(accuracy, alone))
     return estimate(values)
-
-
-def _named(benchmark: str, method: str) -> tuple:
-    return (BENCHMARKS, benchmark), (ORDER, method)
 
 
 def _row(key: tuple, found: list[Run]) -> Row:

@@ -6,12 +6,11 @@ import statistics
 from collections.abc import Sequence
 from itertools import groupby
 
-from report.published import BENCHMARKS, ORDER, SUCCESSORS
+from report.published import ALWAYS, BENCHMARKS, ORDER, SUCCESSORS, place_in
 from report.rows import Row
 from report.runs import Problem
-from report.tables import IDENTITY, NOTHING, cells
+from report.tables import IDENTITY_NOTE, NOTHING, cells, markdown_lines
 
-BESIDE = ("gpm", "naive")
 HEADINGS = ("method", "variant", "ACC %", "BWT", "paper ACC", "paper BWT", "source", "reproduced")
 COSTS = ("numbers stored", "time a run", "runs")
 
@@ -22,19 +21,18 @@ def successor_tables(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
     for benchmark, members in groupby((row for row in rows if row.data == "real"), lambda row: row.benchmark):
         shown = list(members)
         variants = {"default"} | {row.variant for row in shown if row.method in SUCCESSORS}
-        shown = [row for row in shown if row.method in SUCCESSORS or (row.method in BESIDE and row.variant in variants)]
+        shown = [row for row in shown if row.method in SUCCESSORS or (row.method in ALWAYS and row.variant in variants)]
         if any(row.method in SUCCESSORS for row in shown):
-            shown.sort(key=lambda row: (row.variant != "default", row.variant, ORDER.index(row.method)))
+            shown.sort(key=lambda row: (row.variant != "default", row.variant, place_in(ORDER, row.method)))
             parts += [f"## {BENCHMARKS.get(benchmark, benchmark)}", _table(shown)]
-    mark = f"{IDENTITY.strip()} At test the method uses which task an image is of, beyond the choice of a head."
-    return "\n\n".join([*parts, mark]) + "\n"
+    return "\n\n".join([*parts, IDENTITY_NOTE]) + "\n"
 
 
 def _table(rows: Sequence[Row]) -> str:
-    lines = [HEADINGS + COSTS, ("---",) * len(HEADINGS + COSTS)]
+    lines = []
     for row in rows:
         found = cells(row, "") | {"source": row.published.source if row.published else NOTHING}
         stored = [run.summary.get("memory_floats") for run in row.runs]
         found["numbers stored"] = NOTHING if None in stored else f"{statistics.fmean(stored):,.0f}"
-        lines.append(tuple(found[heading] for heading in HEADINGS + COSTS))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        lines.append([found[heading] for heading in HEADINGS + COSTS])
+    return "\n".join(markdown_lines(HEADINGS + COSTS, lines))

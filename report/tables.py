@@ -12,6 +12,7 @@ from report.rows import ORDER_OF_TASKS, Row, order_of, runs_in_words
 from report.runs import Problem
 
 NOTHING = "–"
+IDENTITY_NOTE = "‡ At test the method uses which task an image is of, beyond the choice of a head."
 VALIDATION, FORWARD, CLASS_INCREMENTAL, IDENTITY = "validation %", "FWT", "class-inc. %", " ‡"
 
 
@@ -134,9 +135,7 @@ def table(
             "the largest output over the heads of all tasks. ACC is told the task."
         )
     if any(row.task_identity for row in rows):
-        notes.append(
-            f"{IDENTITY.strip()} At test the method uses which task an image is of, beyond the choice of a head."
-        )
+        notes.append(IDENTITY_NOTE)
     if any(row.data == "embedded" for row in rows):
         notes.append("Embedded data are rendered glyphs, not the published images: no number on them is a paper's.")
     if compared:
@@ -172,11 +171,15 @@ def as_markdown(
         line |= {heading: f"`{line[heading]}`" for heading in ("command",) if heading in line}
     lines = []
     if body:
-        headings = list(body[0])
-        lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
-        lines += [f"| {' | '.join(cell.replace('|', '/') for cell in line.values())} |" for line in body]
+        lines = markdown_lines(list(body[0]), [list(line.values()) for line in body])
         # Notes mention |ours - paper| and [1]: neither means anything to Markdown outside a table.
     return _paragraphs(lines, [f"{note}  " for note in notes], [f"- {line}" for line in problem_lines(problems)])
+
+
+def markdown_lines(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """A table's lines in Markdown."""
+    rows = [f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in (headings, *lines)]
+    return [rows[0], f"|{'---|' * len(headings)}", *rows[1:]]
 
 
 def as_latex(rows: Sequence[Row], problems: Sequence[Problem], validation: bool = False) -> str:

@@ -20,10 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.cli import Parser, silence
-from engine.files import refusal
-from engine.progress import tolerate_consoles
-from gradproj.errors import InputError
+from engine.cli import Parser, exit_code
 from methods import METHODS
 from report import tables
 from report.plots import draw as figures
@@ -172,36 +169,32 @@ def finish(outcome: Outcome, folder: Path, against: str | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sweep; returns the exit code: 1 if a run failed, 2 for bad input, 130 when interrupted."""
-    tolerate_consoles()
     try:
-        args, passed_on = parse(argv)
-        jobs = make_jobs(wanted(args, passed_on))
-        n_at_once = args.jobs or default_jobs(len(jobs))
-        threads = wanted_threads() or max(1, available_cores() // n_at_once)
-        cluster = None
-        if args.ray:
-            threads = wanted_threads() or 1
-            cluster = Cluster(args.ray, ROOT, threads, args.gpus_per_run)
-            n_at_once = args.jobs or cluster.n_at_once
-        runs = "1 run" if len(jobs) == 1 else f"{len(jobs)} runs"
-        print(f"{runs}, {n_at_once} at a time, {threads} CPU thread(s) each")
-        try:
-            with terminable():
-                outcome = run_jobs(jobs, n_at_once, threads, cluster)
-        finally:
-            if cluster:
-                cluster.close()
-        finish(outcome, args.figures or args.output_dir / "figures", args.sweep and args.sweep[0])
-    except InputError as error:
-        print(f"run_experiments.sh: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"run_experiments.sh: error: {refusal(error)}", file=sys.stderr)
-        silence()
-        return 2
+        return exit_code("run_experiments.sh", lambda: sweep(*parse(argv)))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def sweep(args: argparse.Namespace, passed_on: Sequence[str]) -> int:
+    """Make all runs, then their table and pictures; returns the exit code."""
+    jobs = make_jobs(wanted(args, passed_on))
+    n_at_once = args.jobs or default_jobs(len(jobs))
+    threads = wanted_threads() or max(1, available_cores() // n_at_once)
+    cluster = None
+    if args.ray:
+        threads = wanted_threads() or 1
+        cluster = Cluster(args.ray, ROOT, threads, args.gpus_per_run)
+        n_at_once = args.jobs or cluster.n_at_once
+    runs = "1 run" if len(jobs) == 1 else f"{len(jobs)} runs"
+    print(f"{runs}, {n_at_once} at a time, {threads} CPU thread(s) each")
+    try:
+        with terminable():
+            outcome = run_jobs(jobs, n_at_once, threads, cluster)
+    finally:
+        if cluster:
+            cluster.close()
+    finish(outcome, args.figures or args.output_dir / "figures", args.sweep and args.sweep[0])
     for job in outcome.failed:
         print(f"failed: {job.name}, see {job.log}", file=sys.stderr)
     return 1 if outcome.failed else 0

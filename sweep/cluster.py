@@ -106,7 +106,7 @@ class RemoteProcess:
 
 def execute(command: Sequence[str], log: str, environment: Mapping[str, str], folder: str) -> int:
     """On a worker: run a command to its end; returns its exit code. Cancelling (KeyboardInterrupt) stops it gently."""
-    with open(log, "a", encoding="utf-8") as file:  # noqa: PTH123
+    with Path(log).open("a", encoding="utf-8") as file:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -17,7 +17,7 @@ from engine.method import Method, why_not
 from engine.options import Options, results_options, told
 from gradproj.errors import InputError
 from methods import METHODS
-from report.published import SUCCESSORS
+from report.published import ALWAYS, BENCHMARKS, SUCCESSORS
 from sweep.jobs import Job
 
 ROOT = Path(__file__).resolve().parent.parent  # where the scripts are
@@ -31,10 +31,9 @@ EMBEDDED = {
     "cifar100_superclass": "--n_tasks 6 --n_epochs 10",
     "pmnist": "--n_tasks 5 --n_epochs 5",
 }
-EMBEDDED_METHODS = ("gpm", "naive")
 
 # What `run_experiments.sh paper` runs, with every script's own defaults: the paper's.
-PAPER = dict.fromkeys(("pmnist", "cifar100", "cifar100_superclass", "five_datasets", "miniimagenet"), ("gpm", "naive"))
+PAPER = dict.fromkeys(BENCHMARKS, ALWAYS)
 # `--table NAME`: the paper's tables, and GPM beside the methods that came after it.
 TABLES = {
     "1": {
@@ -108,7 +107,7 @@ def benchmarks_and_methods(wanted: Wanted, flags: Sequence[Sequence[str]] = ()) 
     """The methods to run on each benchmark, those that fit it; without what nobody named and cannot run."""
     plan: Mapping[str, Sequence[str]] = TABLES[wanted.table] if wanted.table else PAPER
     if wanted.embedded:
-        plan = dict.fromkeys(EMBEDDED, EMBEDDED_METHODS)
+        plan = dict.fromkeys(EMBEDDED, ALWAYS)
     if wanted.only:  # a benchmark outside the chosen table is run with what is always run
         plan = {name: plan.get(name, PAPER[name]) for name in wanted.only}
     if wanted.methods:

@@ -29,7 +29,7 @@ class Conceptor(NamedTuple):
 
 
 def conceptor(columns: Tensor, alpha: float, mu: float) -> Conceptor:
-    """C = R̄ (R̄ + α⁻² I)⁻¹ of inputs, with R̄ = X Xᵀ / n and an α that lets enough of them through.
+    """C = R̄ (R̄ + α⁻² I)⁻¹ of inputs, with R̄ = X Xᵀ / n and an aperture α that lets enough of them through.
 
     Args:
         columns: X (d, n).
@@ -48,7 +48,7 @@ def conceptor(columns: Tensor, alpha: float, mu: float) -> Conceptor:
         alpha *= 1.1
 
 
-def either(a: Conceptor, b: Conceptor) -> Conceptor:
+def disjunction(a: Conceptor, b: Conceptor) -> Conceptor:
     """A ∨ B: the conceptor of the inputs of both, whose correlations C (I - C)⁻¹ add up."""
     correlations = sum((c.vectors * (c.values / (1 - c.values))) @ c.vectors.T for c in (a, b))
     strengths, vectors = torch.linalg.eigh(correlations)
@@ -56,7 +56,7 @@ def either(a: Conceptor, b: Conceptor) -> Conceptor:
     return Conceptor(vectors, (strengths / (strengths + 1)).clamp(max=LARGEST))
 
 
-def both(a: Conceptor, b: Conceptor) -> Conceptor:
+def conjunction(a: Conceptor, b: Conceptor) -> Conceptor:
     """A ∧ B = W (Wᵀ (A⁺ + B⁺ - I) W)⁻¹ Wᵀ, W an orthonormal basis of range A ∩ range B; by decreasing eigenvalue.
 
     The pseudo-inverse of the whole A⁺ + B⁺ - I would be another matrix where the ranges differ.

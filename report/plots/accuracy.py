@@ -21,10 +21,10 @@ def accuracy_heat_map(accuracy: AccuracyMatrix, title: str) -> Figure:
     figure = Figure(figsize=(side + 1.9, side + 1.0), layout="constrained")
     axes = figure.add_subplot()
     picture = axes.imshow(values, vmin=0, vmax=100, cmap="viridis")
-    form, size = ("{:.1f}", 9) if n <= 12 else ("{:.0f}", 9)
+    form = "{:.1f}" if n <= 12 else "{:.0f}"
     for i, j in np.argwhere(np.isfinite(values)):
         color = "black" if values[i, j] > 60 else "white"
-        axes.text(j, i, form.format(values[i, j]), ha="center", va="center", color=color, fontsize=size)
+        axes.text(j, i, form.format(values[i, j]), ha="center", va="center", color=color, fontsize=9)
     number_tasks(axes, n, "x", every=1)
     number_tasks(axes, n, "y", every=1)
     axes.set_xlim(-0.5, n - 0.5)

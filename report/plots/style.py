@@ -6,6 +6,8 @@ Every drawing function returns a Matplotlib figure and leaves Matplotlib's globa
 from __future__ import annotations
 
 import io
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -95,14 +97,6 @@ def label_axes(axes: Axes, x: str, y: str) -> None:
 def set_title(figure: Figure, title: str, width: float) -> None:
     """The title over the whole figure, broken into lines that fit its width in inches."""
     most = max(20, int(width * 13))  # letters of this size per inch, about
-    lines = []
-    for paragraph in title.split("\n"):
-        line = ""
-        for word in paragraph.replace(",", ", ").replace(",  ", ", ").split(" "):
-            if line and len(line) + 1 + len(word) > most:
-                lines.append(line)
-                line = word
-            else:
-                line = f"{line} {word}".strip()
-        lines.append(line)
+    paragraphs = [re.sub(r",(?=\S)", ", ", paragraph) for paragraph in title.split("\n")]
+    lines = [line for text in paragraphs for line in textwrap.wrap(text, most, break_long_words=False)]
     figure.suptitle("\n".join(lines), fontsize=TITLE)

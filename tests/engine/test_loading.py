@@ -8,7 +8,7 @@ import torch
 
 from engine import experiment, load_run
 from engine.evaluation import evaluate
-from engine.folder import KEPT, NEWEST
+from engine.folder import NEWEST, TASK_WEIGHTS
 from engine.options import flag
 from gradproj.errors import InputError
 from gradproj.files import load_tensors, save_tensors
@@ -66,12 +66,12 @@ def test_what_stays_on_the_disk(tmp_path, keep):
     """Model, memory and the method's state once; with --keep each, weights alone for the other tasks."""
     summary = run(tiny.options(tmp_path, keep=keep), tiny.benchmark(), tiny.Network())
     files = {path.name for path in Path(summary["folder"]).glob("*.pt")}
-    assert files == {NEWEST, *([KEPT.format(0), KEPT.format(1)] if keep == "each" else [])}
+    assert files == {NEWEST, *([TASK_WEIGHTS.format(0), TASK_WEIGHTS.format(1)] if keep == "each" else [])}
     state = load_tensors(tiny.run_folder(tmp_path) / NEWEST)
     assert state["task_progress"] is None
     assert state["first"] == {}
     if keep == "each":
-        assert load_tensors(tiny.run_folder(tmp_path) / KEPT.format(0)).keys() == state["model"].keys()
+        assert load_tensors(tiny.run_folder(tmp_path) / TASK_WEIGHTS.format(0)).keys() == state["model"].keys()
 
 
 class Own(GPM):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from engine.folder import KEPT
+from engine.folder import TASK_WEIGHTS
 from gradproj.errors import InputError
 from methods import METHODS
 from tests import tiny
@@ -103,7 +103,7 @@ def test_interference_and_kept_weights_come_along(tmp_path):
     assert grown["interference"] == whole["interference"]
     assert whole["interference"]
     kept = {path.name for path in (tmp_path / "grown").glob("*/*/*/n_tasks=3*/*/weights-*.pt")}
-    assert kept == {KEPT.format(0), KEPT.format(1)}
+    assert kept == {TASK_WEIGHTS.format(0), TASK_WEIGHTS.format(1)}
 
 
 def test_no_resume_begins_anew(tmp_path, capsys):

@@ -6,7 +6,8 @@ from torch.testing import assert_close
 
 from engine.seeds import generator
 from gradproj.errors import InputError
-from methods.parts.conceptors import Conceptor, both, conceptor, either
+from methods.parts import conceptors
+from methods.parts.conceptors import Conceptor, conceptor
 from tests.methods.cases import MethodCase, train
 from tests.methods.test_trgp import SlowTRGP
 from tests.tiny_nets import SingleHead, method
@@ -116,17 +117,17 @@ def some_conceptors():
 def test_conceptors_or_and_and():
     for a, b in some_conceptors():
         A, B = dense(a), dense(b)
-        assert_close(dense(either(a, b)), disjunction(A, B))
-        assert_close(dense(both(a, b)), conjunction(A, B), atol=1e-6, rtol=0)
-        assert len(both(a, b).values) == max(0, len(a.values) + len(b.values) - 6)
-        assert both(a, b).values.diff().le(0).all(), "the first eigenvalues are the largest"
+        assert_close(dense(conceptors.disjunction(a, b)), disjunction(A, B))
+        assert_close(dense(conceptors.conjunction(a, b)), conjunction(A, B), atol=1e-6, rtol=0)
+        assert len(conceptors.conjunction(a, b).values) == max(0, len(a.values) + len(b.values) - 6)
+        assert conceptors.conjunction(a, b).values.diff().le(0).all(), "the first eigenvalues are the largest"
     one = torch.eye(3).double()
     a, b = Conceptor(one[:, :1], torch.tensor([0.9]).double()), Conceptor(one[:, :2], torch.tensor([0.8, 0.7]).double())
-    assert (both(a, b).values.sum() / a.values.sum()).item() == pytest.approx(0.82, abs=0.005)
-    assert_close(dense(both(a, a)), 0.9 / 1.1 * dense(a) / 0.9)  # 1 / (2 / 0.9 - 1)
+    assert (conceptors.conjunction(a, b).values.sum() / a.values.sum()).item() == pytest.approx(0.82, abs=0.005)
+    assert_close(dense(conceptors.conjunction(a, a)), 0.9 / 1.1 * dense(a) / 0.9)  # 1 / (2 / 0.9 - 1)
     nothing = Conceptor(one[:, :0], torch.zeros(0).double())
-    assert both(a, nothing).values.numel() == 0
-    assert_close(dense(either(a, nothing)), dense(a))
+    assert conceptors.conjunction(a, nothing).values.numel() == 0
+    assert_close(dense(conceptors.disjunction(a, nothing)), dense(a))
 
 
 def test_conceptors_of_inputs():
