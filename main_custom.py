@@ -47,7 +47,7 @@ class Hyperparameters(Options):
         0.2, "fraction of each class held out for the test, where there is no folder test", above=0, below=1
     )
     model: str = flag("resnet18", "network: a name in torchvision.models, else in timm")
-    image_size: int = flag(64, "images are resized to so many pixels on a side", above=0)
+    image_size: int = flag(64, "images are resized to so many pixels on a side", above=0, maximum=4096)
     mean: tuple[float, ...] = flag((0.485, 0.456, 0.406), "subtracted from each channel, 0 to 1; ImageNet's")
     std: tuple[float, ...] = flag((0.229, 0.224, 0.225), "what each channel is divided by; ImageNet's", above=0)
 

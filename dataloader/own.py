@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from dataloader.images.folder import UnreadableImage, image_folder, read_image
+from dataloader.images.files import UnreadableImage, read_image
+from dataloader.images.folder import image_folder
 from dataloader.splits import ORDER, TEST, VALIDATION, holdout, n_held_out, task_generator
+from engine import hardware
 from engine.task import LazyTasks, Split, Task
 from gradproj.errors import InputError, one_line
 
@@ -54,6 +56,8 @@ def stream(data: Data, keys: tuple[str, str] = KEYS) -> Split:
     except UnreadableImage as error:
         raise InputError(str(error)) from error
     except Exception as error:  # whatever a data set, its transform or a decoder raises
+        if hardware.is_out_of_memory(error):
+            raise
         hint = "images must come as tensors of one shape: give the data set a transform that resizes and converts them"
         reason = one_line(error)
         raise InputError(f"cannot read {type(data).__name__} ({type(error).__name__}: {reason}); {hint}") from error

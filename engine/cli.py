@@ -232,6 +232,8 @@ def read_config(path: Path, options: type[Options], methods: Methods, parser: Pa
         elif isinstance(default, bool) and isinstance(value, bool):
             flags += [f"--{name}"] * value
             empty[name] = value
+        elif isinstance(default, str) and not isinstance(value, str):
+            raise InputError(f"{path}: {name} is {value!r}; it must be text, such as {default!r}")
         elif isinstance(default, dict) and isinstance(value, dict):
             flags += [f"--{name}", *(f"{key}={count}" for key, count in value.items())]
         elif isinstance(default, tuple) and isinstance(value, list):

@@ -78,7 +78,11 @@ def load_run(
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
-        raise InputError(f"{folder} is no run's folder: it has no config.json")
+        remedy = "delete its summary.json and run its command again, which writes both from the checkpoint"
+        ended = (folder / "summary.json").exists()
+        raise InputError(
+            f"{folder} {f'has no config.json; {remedy}' if ended else 'is no run folder: it has no config.json'}"
+        )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         description = config["model"]

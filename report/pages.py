@@ -68,8 +68,10 @@ def update_page(path: Path, text: str) -> None:
     """Replace the block of results of a page.
 
     Raises:
-        InputError: it cannot be read or written, or has no markers.
+        InputError: it cannot be read or written, has no markers, or there is no table to put between them.
     """
+    if not text.strip():
+        raise InputError(f"none of these runs is one of those that {path} shows; it is left as it is")
     try:
         parts = split_page(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

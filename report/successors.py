@@ -25,7 +25,7 @@ def successor_tables(rows: Sequence[Row], problems: Sequence[Problem]) -> str:
         if any(row.method in SUCCESSORS for row in shown):
             shown.sort(key=lambda row: (row.variant != "default", row.variant, place_in(ORDER, row.method)))
             parts += [f"## {BENCHMARKS.get(benchmark, benchmark)}", _table(shown)]
-    return "\n\n".join([*parts, IDENTITY_NOTE]) + "\n"
+    return "\n\n".join([*parts, IDENTITY_NOTE]) + "\n" if parts else ""
 
 
 def _table(rows: Sequence[Row]) -> str:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from engine import cli
 from engine.folder import run_folder
 from engine.method import Method, why_not
-from engine.options import Options, results_options, told
+from engine.options import Options, results_options, told, unread
 from gradproj.errors import InputError
 from methods import METHODS
 from report.published import ALWAYS, BENCHMARKS, SUCCESSORS
@@ -94,7 +94,7 @@ def make_jobs(wanted: Wanted) -> list[Job]:
                 own += [] if seed is None else ["--seed", str(seed)]
                 name = f"{benchmark} {method}" + ("" if seed is None else f" seed {seed}")
                 name += "" if value is None else f" {wanted.sweep[0]} {value}"
-                job = make_job(name, benchmark, own, wanted.output_dir)
+                job = make_job(name, benchmark, own, wanted.output_dir, wanted.sweep and wanted.sweep[0])
                 if other := jobs.get(job.folder):
                     raise InputError(f"{other.name} and {job.name} are the same run; give it once")
                 jobs[job.folder] = job
@@ -192,10 +192,12 @@ def flags_for(benchmark: str, method: type[Method], embedded: bool, flags: Seque
     return [argument for flag in given if not is_foreign(flag_name(flag), options, method) for argument in flag]
 
 
-def make_job(name: str, benchmark: str, flags: Sequence[str], output_dir: Path) -> Job:
+def make_job(name: str, benchmark: str, flags: Sequence[str], output_dir: Path, swept: str | None = None) -> Job:
     """One script's run. Its parser looks at the flags, so that a mistyped one is said once and before anything runs."""
     script = f"main_{benchmark}.py"
     options, method = cli.parse(script_options(benchmark), METHODS, flags, None, prog=script)
+    if swept is not None and (idle := [line for line in unread(options, method) if line.startswith(f"{swept} ")]):
+        raise InputError(f"--sweep {idle[0]}, and {benchmark}'s is {options.schedule}; add --schedule plateau")
     command = (sys.executable, "-u", str(ROOT / script), *flags)
     # A log is named by all that decides the command.
     digest = hashlib.sha256(shlex.join(flags).encode()).hexdigest()[:8]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dataloader.errors import DataError
 from dataloader.images.cache import RawSet, Spec, missing_files
-from gradproj.errors import one_line
+from dataloader.images.files import UnreadableImage, read_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
@@ -64,7 +64,7 @@ def _class_folders(folder: Path, n_classes: int) -> list[Path]:
 
 
 def _image_files(folder: Path, n: int) -> list[Path]:
-    found = sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in SUFFIXES)
+    found = sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if len(found) != n:
         raise DataError(f"miniimagenet: {folder} holds {len(found)} images ({', '.join(SUFFIXES)}); it must hold {n}")
     return found
@@ -74,11 +74,11 @@ def _read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """An image file as (h, w, 3) uint8, resized where it is larger."""
     height, width, _ = shape
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            size, color = image.size, image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        reason = one_line(error)
-        raise DataError(f"miniimagenet: {path} cannot be read as an image ({reason}); get it again") from error
-    if size[0] < width or size[1] < height:
-        raise DataError(f"miniimagenet: {path} has {size[0]}x{size[1]} pixels; it must have {width}x{height} or more")
-    return np.asarray(color if size == (width, height) else color.resize((width, height), Image.Resampling.LANCZOS))
+        image = read_image(path, FORMATS)
+    except UnreadableImage as error:
+        raise DataError(f"miniimagenet: {error}") from error
+    if image.width < width or image.height < height:
+        size = f"{image.width}x{image.height}"
+        raise DataError(f"miniimagenet: {path} has {size} pixels; it must have {width}x{height} or more")
+    same = image.size == (width, height)
+    return np.asarray(image if same else image.resize((width, height), Image.Resampling.LANCZOS))

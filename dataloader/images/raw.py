@@ -39,6 +39,8 @@ def load_raw(name: str, data_dir: str | Path) -> RawSet:
 
 
 def _fill_cache(name: str, data_dir: Path, folder: Path) -> None:
+    if name == "miniimagenet" and not folder.is_dir():
+        _published(name, data_dir)  # which says so, before a folder is made for the lock
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with _lock(data_dir / f".{name}.lock"):

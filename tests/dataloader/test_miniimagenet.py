@@ -57,10 +57,24 @@ def test_larger_images_of_any_kind_are_resized(folder, suffix, mode):
     assert first.shape == (6, 8, 3) and first.min() > 235
 
 
+def test_sixteen_bits_and_what_is_transparent(folder):
+    Image.fromarray(np.full((6, 8), 32768, np.uint16)).save(folder / "n01" / "n01_0.png")
+    Image.new("RGBA", (8, 6), (0, 0, 0, 0)).save(folder / "n01" / "n01_1.png")
+    images = read_folder(folder, SPEC).train_images
+    assert (images[0] == 128).all() and (images[1] == 255).all()
+
+
+def test_a_mistyped_data_dir_is_not_made(tmp_path):
+    with pytest.raises(DataError, match=r"^miniimagenet: no images in "):
+        raw.load_raw("miniimagenet", tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
+
+
 def test_what_is_not_an_image_of_a_class_does_not_count(folder):
     (folder / ".DS_Store").write_text("")
     (folder / "list.csv").write_text("")
     (folder / "n01" / "Thumbs.db").write_text("")
+    (folder / "n01" / "more.png").mkdir()
     (folder / "n01" / "._n01_0.png").write_text("")
     (folder / ".git").mkdir()
     assert len(read_folder(folder, SPEC).train_labels) == 9
@@ -151,7 +165,7 @@ def dangling_link(folder):
     path.symlink_to("nowhere.png")
 
 
-UNREADABLE = r"n02_3\.png cannot be read as an image \(.+\); get it again$"
+UNREADABLE = r"^miniimagenet: cannot read .*n02_3\.png \(.+\); replace it or take it away$"
 NOT_THERE = "no images in .*, and nobody may offer them for download; get from image-net.org .*CLASS.*--data embedded"
 
 
@@ -169,7 +183,8 @@ NOT_THERE = "no images in .*, and nobody may offer them for download; get from i
         (too_small, r"n02_3\.png has 8x5 pixels; it must have 8x6 or more"),
         (too_narrow, r"n02_3\.png has 7x60 pixels; it must have 8x6 or more"),
         *((spoil, UNREADABLE) for spoil in (empty, no_image, cut_off, broken_header, other_format)),
-        *((spoil, UNREADABLE) for spoil in (a_folder, dangling_link)),
+        (a_folder, "n02 holds 4 images .*; it must hold 5"),
+        (dangling_link, "n02 holds 4 images .*; it must hold 5"),
     ],
 )
 def test_a_folder_that_is_not_as_it_should_be_is_one_line(folder, monkeypatch, spoil, message):

@@ -211,6 +211,43 @@ def test_folders_that_are_none(pictures):
         assert "\n" not in str(caught.value)
 
 
+def test_hidden_files_are_no_images(pictures):
+    hidden = pictures / "train" / "a" / ".checkpoints"
+    hidden.mkdir()
+    for path in (hidden / "0.png", pictures / "train" / "a" / "._1.png"):
+        Image.new("L", (3, 3)).save(path)
+    train, _ = own.image_folder(pictures, transforms.ToTensor())
+    assert len(train) == 12
+
+
+def test_an_image_that_links_make_two(pictures):
+    (pictures / "train" / "a" / "loop").symlink_to(pictures / "train")
+    with pytest.raises(InputError, match=r"^\S*train/\S+\.png and \S+\.png are the same image; take one of the links"):
+        own.image_folder(pictures, transforms.ToTensor())
+
+
+def test_links_to_images_elsewhere(pictures, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "one.png"
+    Image.new("L", (3, 3)).save(elsewhere)
+    (pictures / "train" / "a" / "link.png").symlink_to(elsewhere)
+    assert len(own.image_folder(pictures, transforms.ToTensor())[0]) == 13
+
+
+def test_a_third_part_beside_training_and_test_is_named(pictures):
+    (pictures / "val" / "a").mkdir(parents=True)
+    with pytest.warns(UserWarning, match=r"^\S+: train and test are read, val beside them is not$"):
+        own.image_folder(pictures, transforms.ToTensor())
+
+
+def test_too_little_memory_is_no_fault_of_the_data():
+    class Large(TensorDataset):
+        def __getitem__(self, i):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        own.stream(Large(IMAGES, LABELS))
+
+
 def test_an_image_that_is_none(pictures):
     (pictures / "train" / "b" / "2.png").write_bytes(b"not an image")
     train, _ = own.image_folder(pictures, transforms.ToTensor())

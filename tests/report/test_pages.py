@@ -79,7 +79,7 @@ def test_successors_stand_beside_gpm_with_source_and_costs(tmp_path):
         ("GPM", "n_epochs=20"),
         ("TRGP ‡", "n_epochs=20"),
     ]
-    dfgp, fs_dgpm, _, trgp = [line for line in lines if len(line) > 2][2:]
+    dfgp, fs_dgpm, _, trgp = [line for line in lines if len(line) > 2][1:]
     assert dfgp[4:9] == ["74.59", "-0.85", "authors' logs", "yes", "3"]
     assert fs_dgpm[7] == "not comparable: published under another protocol"
     assert trgp[7:] == ["not comparable: variant", "1,234,567", "60 s", "seed 1"]
@@ -145,3 +145,16 @@ def test_what_bfloat16_costs_is_what_the_results_say():
             summary = json.loads(path.read_text())
             found += [summary["average_accuracy"], summary["backward_transfer"]]
         assert said == [*map(format, [*found, found[2] - found[0]], (".2f", "+.2f", ".2f", "+.2f", "+.2f"))]
+
+
+@pytest.mark.parametrize("kind", pages.PAGES)
+def test_a_page_is_left_alone_where_no_run_is_one_of_its(tmp_path, kind, capsys):
+    data = {"kind": "embedded", "notes": []}
+    runs, page = write(tmp_path / "a", data=data), tmp_path / "page.md"
+    page.write_text(f"{pages.BEGIN}\nbefore\n{pages.END}")
+    code = report.main([str(runs), f"--{kind}", str(page)])
+    if kind == "page":
+        assert code == 0 and "embedded" in page.read_text()
+        return
+    assert code == 2 and "before" in page.read_text()
+    assert capsys.readouterr().err.startswith("report: error: none of these runs is one of those that ")

@@ -202,3 +202,11 @@ def test_options_are_not_shared_between_command_lines():
     before = copy.deepcopy(first)
     parse(main_cifar100.Hyperparameters, METHODS, ["--samples", "conv1=3"], "")[0].samples["x"] = 1
     assert parse(main_cifar100.Hyperparameters, METHODS, [], "")[0] == before == first
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, 5])
+def test_a_text_that_is_none_is_no_folder_of_that_name(tmp_path, value):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"hyperparameters": {"output_dir": value}}))
+    with pytest.raises(InputError, match=r"config.json: output_dir is .*; it must be text, such as 'runs'$"):
+        parse(main_pmnist.Hyperparameters, METHODS, ["--config", str(config)], "")

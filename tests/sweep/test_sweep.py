@@ -189,6 +189,10 @@ def test_bad_input_is_one_line_and_code_2(argv, capsys):
     ("flags", "message"),
     [
         (["--sweep", "threshold=0.9,0.90"], "pmnist gpm threshold 0.9 and pmnist gpm threshold 0.90 are the same run"),
+        (
+            ["--sweep", "lr_factor=3,4"],
+            "--sweep lr_factor is read by --schedule plateau alone, and pmnist's is constant",
+        ),
         (["--sweep", "output_dir=a,b"], "--sweep output_dir: it changes nothing that a run measures"),
         (
             ["--sweep", "ewc_lambda=1,2"],
