@@ -66,7 +66,8 @@ class Uses(TorchFunctionMode):
         understood = self._understood(func, args, kwargs)
         result = func(*args, **kwargs)
         if func in SAME_NUMBERS:
-            if isinstance(result, Tensor) and args[0] is watched[0]:  # else only its kind is taken over
+            first = next(iter((*args, *kwargs.values())))
+            if isinstance(result, Tensor) and first is watched[0]:  # else only its kind is taken over
                 self._follow(result, watched[0])
         elif self.on_other is not None and _is_made_of_numbers(func, result):
             for tensor in watched:

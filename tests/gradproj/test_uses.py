@@ -107,7 +107,7 @@ class TestWithoutItsBias:
 
 class TestOtherUses:
     def test_a_detached_weight_is_applied_all_the_same(self):
-        for detached in (lambda a: a.weight.detach(), lambda a: a.weight.data, lambda a: torch.detach(a.weight)):
+        for detached in (lambda a: a.weight.detach(), lambda a: a.weight.data, lambda a: torch.detach(input=a.weight)):
             learned = Learned(Twice(lambda x, a, w=detached: F.linear(x, w(a)), bias=False))
             assert learned.verified.holds and learned.verified.moved < 1e-5
             assert learned.has_learned and not learned.said
