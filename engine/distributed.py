@@ -175,9 +175,9 @@ def differences(model: nn.Module) -> list[str]:
     found = []
     if norms := batch_norms(model):
         found.append(
-            f"BatchNorm in {len(norms)} layers normalised by each process's share of a training batch, not by the "
+            f"BatchNorm in {len(norms)} layers normalises by each process's share of a training batch, not by the "
             "whole batch, so numbers differ from one process's"
         )
     if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p for module in model.modules()):
-        found.append("dropout drew other units in each process than in one, so numbers differ from one process's")
+        found.append("dropout draws other units in each process than in one, so numbers differ from one process's")
     return found

@@ -121,7 +121,8 @@ class Run:
         self.threads = torch.get_num_threads()  # numbers depend on it in their last bits
         # What the run is made by: more than one where it is continued by other code or elsewhere.
         several = f", {n} processes" if (n := distributed.n_processes()) > 1 else ""
-        self.commits, self.devices = [hardware.commit()], [hardware.describe(self.device) + several]
+        self.here = hardware.describe(self.device) + several
+        self.commits, self.devices = [hardware.commit()], [self.here]
         self.shared = distributed.differences(model)  # what several processes make otherwise than one
         self.saved_at = time.monotonic()
         self.resume_notes: list[str] = []  # where it goes on from
@@ -144,7 +145,8 @@ class Run:
                 tell("note: it did not keep the weights after each task; --no_resume --keep each does")
             print_result(finished)
             return finished
-        self.progress = Progress(self.title, options, self.folder, done=self.position)
+        first = options.n_tasks - 1 if self.method.joint else 0
+        self.progress = Progress(self.title, options, self.folder, done=self.position, first=first)
         try:
             self.announce()
             write_json(self.folder / "config.json", self.config())
@@ -171,7 +173,7 @@ class Run:
     def announce(self) -> None:
         """Say what is run, from where on, and what one has to know of it; take the threads that it began with."""
         say = self.progress.say
-        say(f"{self.title}: {self.devices[0]}, folder {self.folder}")
+        say(f"{self.title}: {self.here}, folder {self.folder}")
         of_options = [*overridden(self.options, type(self.method)), *unread(self.options, type(self.method))]
         for note in (*of_options, *self.benchmark.notes, *self.shared):
             say(f"note: {note}")

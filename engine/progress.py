@@ -36,9 +36,11 @@ class Progress:
         options: n_tasks, n_epochs, quiet and tensorboard are read.
         folder: for TensorBoard's log.
         done: tasks learned already, by an earlier process.
+        first: the task that is trained first, from which TensorBoard counts epochs.
     """
 
-    def __init__(self, title: str, options: Options, folder: Path, done: int = 0) -> None:
+    def __init__(self, title: str, options: Options, folder: Path, done: int = 0, first: int = 0) -> None:
+        self.first = first
         self.n_tasks, self.n_epochs, self.quiet = options.n_tasks, options.n_epochs, options.quiet
         self.on_terminal = sys.stdout.isatty()
         self.board = tensorboard_writer(folder) if options.tensorboard else None
@@ -74,7 +76,7 @@ class Progress:
         if self.board:
             for name in ("lr", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"):
                 if getattr(epoch, name) is not None:
-                    step = epoch.task * self.n_epochs + epoch.epoch
+                    step = (epoch.task - self.first) * self.n_epochs + epoch.epoch
                     self.board.add_scalar(f"epoch/{name}", getattr(epoch, name), step)
 
     def task(

@@ -48,7 +48,8 @@ def runner(forward: Forward, model: nn.Module) -> Forward:
 
     Args:
         forward: takes a batch; or a module, which is called with what of a batch it takes: the entries of a dict by
-            name, of a tuple as many as it needs (so that labels beside the inputs are left out), or all for *inputs.
+            name, of a tuple as many as it needs (so that labels beside the inputs are left out), or all where its
+            forward takes (*inputs).
         model: whose device is meant.
     """
     call = (lambda batch: call_module(forward, batch)) if isinstance(forward, nn.Module) else forward
@@ -83,9 +84,10 @@ def call_module(module: nn.Module, batch: Any) -> Any:
     while [p.kind for p in parameters] == ANYTHING and isinstance(getattr(inner, "module", None), nn.Module):
         inner = inner.module  # inside DistributedDataParallel and its like
         parameters = list(inspect.signature(inner.forward).parameters.values())
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return module(*batch)
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    takes_all = not needed and any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if takes_all and [p.kind for p in parameters] != ANYTHING:  # that is a wrapper of who knows what
+        return module(*batch)
     return module(*batch[: max(1, len(needed))])
 
 

@@ -32,8 +32,13 @@ class _GradientSide(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_weight: Tensor | None, grad_bias: Tensor | None):
+        given = [g for g in (grad_weight, grad_bias) if g is not None]
+        if any(map(is_legacy_batchedtensor, given)):
+            raise InputError(
+                "is_grads_batched takes gradients of parameters that cannot be projected; take one at a time"
+            )
         if ctx.project.first_size is None:
-            ctx.project.first_size = sum(g.detach().norm() for g in (grad_weight, grad_bias) if g is not None)
+            ctx.project.first_size = sum(g.detach().norm() for g in given)
         return *ctx.project(grad_weight, grad_bias), None
 
 
@@ -306,7 +311,7 @@ class Watch:
         self.found[layer.name, used_otherwise(layer, function)] = None
 
     def _applied(self, layer: Layer, _function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-        given = {id(self.originals.get(id(x), x)) for x in arguments.values()}
+        given = {id(self.originals.get(id(x), x)) for x in arguments.values() if getattr(x, "requires_grad", False)}
         if torch.is_grad_enabled() and not self.protection.projectors[layer.name].is_idle and given & self.trained:
             # Where its application was seen before, substitutes are in its parameters' places.
             what = f"{layer.name or 'the model'} is applied where update() has not seen it applied"

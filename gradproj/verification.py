@@ -107,7 +107,8 @@ def verification(memory: Memory, snapshot: Snapshot, forward: Forward, batch: An
 
     def matters(names: Sequence[str]) -> bool:
         with put(model, {name: before.get(name, torch.zeros(())) for name in names}):
-            return any(bool(_apart(a, b).any()) for a, b in zip(result(), new, strict=True))
+            pairs = zip(result(), new, strict=True)
+            return any(a.shape != b.shape or bool(_apart(a, b).any()) for a, b in pairs)
 
     others = [name for name, v in now.items() if name not in covered and not torch.equal(v, before[name].to(v))]
     others = [name for name in others if not name.endswith("num_batches_tracked")]

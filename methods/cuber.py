@@ -104,9 +104,8 @@ class CUBER(TRGP):
         loss = super().backward(images, labels, t)
         gradients = gradient_rows(self.memory.layers) if self.helping_spans else {}
         helping = {key: self.agreeing(key, gradients[key], js) if js else js for key, js in self.helping.items()}
-        if (
-            helping != self.helping
-        ):  # tasks that this step's gradients, not yet projected, disagree with are helped no more
+        # Tasks that this step's gradients, not yet projected, disagree with are helped no more.
+        if helping != self.helping:
             self.helping = helping
             self.make_projectors()
         if self.helping_spans:

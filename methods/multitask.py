@@ -17,7 +17,7 @@ class Multitask(Method):
     validation loss drives the plateau. Only the last row of the accuracy matrix exists, and no backward transfer.
 
     A batch mixes tasks, unless the network normalises by the statistics of the batch: then each batch is of one task,
-    in random turns, since a test batch is of one task too; but for what is left over of each task at an epoch's end.
+    in random turns, since a test batch is of one task too. The last batches of an epoch mix what is left over.
 
     Stores every task's training images, which is what `memory_floats` counts.
     """

@@ -101,9 +101,9 @@ def report(args: argparse.Namespace) -> int:
         written.append(args.html)
     if args.collect:
         written += collect([run for row in rows for run in row.runs], args.collect)
-    for name, table in PAGES.items():
+    for name in PAGES:
         if path := getattr(args, name):
-            update_page(path, table(rows, problems))
+            update_page(path, name, rows, problems)
             written.append(path)
     for path in written:
         print(f"wrote {path}", file=sys.stderr)

@@ -64,13 +64,17 @@ def split_page(text: str) -> tuple[str, str, str] | None:
     return (head, begin + middle + end, tail) if begin and end else None
 
 
-def update_page(path: Path, text: str) -> None:
+def update_page(path: Path, kind: str, rows: Sequence[Row], problems: Sequence[Problem]) -> None:
     """Replace the block of results of a page.
 
+    Args:
+        path: of the page.
+        kind: one of PAGES.
+        rows, problems: of the runs.
     Raises:
         InputError: it cannot be read or written, has no markers, or there is no table to put between them.
     """
-    if not text.strip():
+    if not PAGES[kind](rows, []).strip():
         raise InputError(f"none of these runs is one of those that {path} shows; it is left as it is")
     try:
         parts = split_page(path.read_text(encoding="utf-8"))
@@ -78,4 +82,4 @@ def update_page(path: Path, text: str) -> None:
         raise InputError(f"cannot read {path}: {error}") from error
     if parts is None:
         raise InputError(f"{path} has no lines {BEGIN} and {END} to put the table between")
-    write_text(path, parts[0] + block(text) + parts[2])
+    write_text(path, parts[0] + block(PAGES[kind](rows, problems)) + parts[2])

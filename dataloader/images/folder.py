@@ -29,14 +29,18 @@ def image_folder(folder: str | Path, transform: Any) -> tuple[Dataset, Dataset |
     """
     folder = Path(folder)
     if (folder / "train").is_dir() and (folder / "test").is_dir():
+        parts = [_images_in(folder / part, transform) for part in ("train", "test")]
+        _refuse_twice([path for part in parts for path, _ in part.samples])
         beside = sorted(p.name for p in folder.glob("[!.]*") if p.is_dir() and p.name not in ("train", "test"))
         if beside:
             warnings.warn(f"{folder}: train and test are read, {', '.join(beside)} beside them is not", stacklevel=2)
-        return _images_in(folder / "train", transform), _images_in(folder / "test", transform)
-    return _images_in(folder, transform), None
+        return parts[0], parts[1]
+    found = _images_in(folder, transform)
+    _refuse_twice([path for path, _ in found.samples])
+    return found, None
 
 
-def _images_in(folder: Path, transform: Any) -> Dataset:
+def _images_in(folder: Path, transform: Any) -> Any:
     """Folders without images, such as those that editors leave, are no classes."""
     others: dict[str, int] = {}  # files that are left out, by suffix
 
@@ -44,9 +48,11 @@ def _images_in(folder: Path, transform: Any) -> Dataset:
         suffix = Path(path).suffix.lower()
         if any(part.startswith(".") for part in Path(path).relative_to(folder).parts):  # as editors and archives leave
             return False
-        if suffix not in SUFFIXES:
-            others[suffix or "no suffix"] = others.get(suffix or "no suffix", 0) + 1
-        return suffix in SUFFIXES and Path(path).is_file()
+        if suffix in SUFFIXES and Path(path).is_file():
+            return True
+        kind = "links to nothing" if suffix in SUFFIXES else suffix or "no suffix"
+        others[kind] = others.get(kind, 0) + 1
+        return False
 
     try:
         found = datasets.ImageFolder(str(folder), transform, loader=read_image, is_valid_file=counts, allow_empty=True)
@@ -55,10 +61,9 @@ def _images_in(folder: Path, transform: Any) -> Dataset:
     except (OSError, RuntimeError) as error:  # RuntimeError: of older versions
         reason = one_line(error)
         raise InputError(f"no images in {folder} ({reason}); it must hold a folder of images for each class") from error
-    _refuse_twice([path for path, _ in found.samples])
     if others:
         listed = ", ".join(f"{n} of {suffix}" for suffix, n in sorted(others.items()))
-        warnings.warn(f"{folder}: files that are no images by their suffix are left out ({listed})", stacklevel=3)
+        warnings.warn(f"{folder}: files that are no images are left out ({listed})", stacklevel=3)
     filled = {label for _, label in found.samples}
     found.name = str(folder)
     found.classes = [name if label in filled else "" for label, name in enumerate(found.classes)]

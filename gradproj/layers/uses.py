@@ -28,7 +28,8 @@ SAME_NUMBERS = {
     Tensor.data.__get__,  # type: ignore[attr-defined]
 }
 # What makes a tensor like another, of other numbers, is called so.
-LIKE = ("_like", "new_", "type_as", "expand_as", "view_as")
+LIKE = ("_like", "new_", "type_as", "expand_as", "view_as", "reshape_as")
+NO_USE = ("grad", "requires_grad_")
 OnUse = Callable[[Layer, Callable[..., Any], Mapping[str, Any]], None]
 OnOther = Callable[[Layer, str], None]
 
@@ -71,7 +72,7 @@ class Uses(TorchFunctionMode):
                 self._follow(result, watched[0])
         elif self.on_other is not None and _is_made_of_numbers(func, result):
             for tensor in watched:
-                if id(self.alike[id(tensor)]) not in understood:
+                if id(self.alike[id(tensor)]) not in understood and self.alike[id(tensor)].requires_grad:
                     for layer in self.owners[id(tensor)]:
                         self.on_other(layer, _name(func))
         return result
@@ -88,7 +89,7 @@ class Uses(TorchFunctionMode):
             # Under protection substitutes, which nobody watches, may stand in the places of the layer's parameters.
             given = [self.alike.get(id(x), x) for x in map(arguments.get, (call.weight, call.bias))]
             weight, bias = layer.all_parameters
-            known = given[0] is weight and (arguments.get(call.bias) is None or given[1] is bias)
+            known = given[0] is weight and (bias is None or arguments.get(call.bias) is None or given[1] is bias)
             if known and layer.understands(arguments):
                 self.on_use(layer, func, arguments)
                 explained |= {id(weight), id(bias)}
@@ -163,8 +164,10 @@ def _tensors(args: Any, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
 
 def _is_made_of_numbers(func: Callable[..., Any], result: Any) -> bool:
     """Whether a call on some tensors gave something of their numbers, and not of their shapes and kinds alone."""
-    made = [x for x in _tensors((result,), {}) if x.is_floating_point()]
-    return any(x.requires_grad for x in made) or (bool(made) and not any(part in _name(func) for part in LIKE))
+    made = [x for x in _tensors((result,), {}) if x.is_floating_point() or x.is_complex()]
+    name = _name(func)
+    like = name in NO_USE or any(part in name for part in LIKE)
+    return bool(made) and (not like or any(x.requires_grad for x in made))
 
 
 def _name(func: Callable[..., Any]) -> str:

@@ -98,5 +98,9 @@ def set_title(figure: Figure, title: str, width: float) -> None:
     """The title over the whole figure, broken into lines that fit its width in inches."""
     most = max(20, int(width * 13))  # letters of this size per inch, about
     paragraphs = [re.sub(r",(?=\S)", ", ", paragraph) for paragraph in title.split("\n")]
-    lines = [line for text in paragraphs for line in textwrap.wrap(text, most, break_long_words=False)]
+    lines = [
+        line
+        for text in paragraphs
+        for line in textwrap.wrap(text, most, break_long_words=False, break_on_hyphens=False)
+    ]
     figure.suptitle("\n".join(lines), fontsize=TITLE)

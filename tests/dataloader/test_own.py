@@ -220,10 +220,16 @@ def test_hidden_files_are_no_images(pictures):
     assert len(train) == 12
 
 
+@pytest.mark.filterwarnings("ignore:.*files that are no images are left out")  # the last link of the loop
 def test_an_image_that_links_make_two(pictures):
-    (pictures / "train" / "a" / "loop").symlink_to(pictures / "train")
-    with pytest.raises(InputError, match=r"^\S*train/\S+\.png and \S+\.png are the same image; take one of the links"):
-        own.image_folder(pictures, transforms.ToTensor())
+    for link, target in (
+        (pictures / "train" / "a" / "loop", pictures / "train"),
+        (pictures / "test/a/9.png", "train/a/0.png"),
+    ):
+        link.symlink_to(pictures / target)
+        with pytest.raises(InputError, match=r"^\S+\.png and \S+\.png are the same image; take one of the links"):
+            own.image_folder(pictures, transforms.ToTensor())
+        link.unlink()
 
 
 def test_links_to_images_elsewhere(pictures, tmp_path_factory):
@@ -309,7 +315,8 @@ def test_files_of_other_kinds_are_counted_and_left_out(pictures):
     Image.new("L", (4, 4)).save(pictures / "train" / "a" / "more.gif")
     for name in ("notes.txt", "more.txt", "movie", ".hidden"):
         (pictures / "train" / "a" / name).write_text("x")
-    message = r"train: files that are no images by their suffix are left out \(2 of .txt, 1 of no suffix\)$"
+    (pictures / "train" / "a" / "gone.png").symlink_to("nowhere.png")
+    message = r"train: files that are no images are left out \(2 of .txt, 1 of links to nothing, 1 of no suffix\)$"
     with pytest.warns(UserWarning, match=message):
         train, _ = own.image_folder(pictures, transforms.ToTensor())
     assert sum(path.endswith(".gif") for path, _ in train.samples) == 1

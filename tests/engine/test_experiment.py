@@ -369,6 +369,10 @@ def test_tensorboard_counts_the_epochs_of_all_tasks(tmp_path):
     progress.epoch(Epoch(1, 4, 0.1, 1.0, None, 1.0, 50.0, 0.1))
     progress.close()
     assert progress.board.steps == {7 + 4}
+    jointly = Progress("tiny", tiny.options(tmp_path, n_epochs=7), tmp_path, first=2)
+    jointly.board = Board()
+    jointly.epoch(Epoch(2, 4, 0.1, 1.0, None, 1.0, 50.0, 0.1))
+    assert jointly.board.steps == {4}
 
 
 def test_the_groups_of_a_layer_are_one_entry_of_the_memorys_line(tmp_path, capsys):

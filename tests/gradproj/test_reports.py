@@ -146,6 +146,13 @@ class TestVerify:
         assert verified.others == verified.unknown == ["5.weight", "5.bias"] and not verified.holds
         assert "; not counted is what comes of 5.weight, 5.bias\n" in str(verified)
 
+    def test_a_frozen_number_that_decides_the_outputs_shape(self):
+        model = mlp()
+        model.n = nn.Parameter(torch.tensor(3.0), requires_grad=False)
+        memory = remembering(model)
+        model.n.data -= 1
+        assert memory.verify(lambda x: model(x)[:, : int(model.n)], OLD).others == ["n"]
+
     def test_outputs_that_are_infinite_or_nan(self):
         """As those of classes that are masked out."""
         model = mlp()

@@ -62,16 +62,17 @@ class TiedWithoutBias(nn.Module):
 class TestWithoutItsBias:
     @pytest.mark.parametrize("optimizer", [None, adam])
     @pytest.mark.parametrize(
-        "model",
+        "make",
         [
-            nn.Sequential(WithoutBias(D, 8), nn.ReLU(), nn.Linear(8, 3)),
-            Twice(lambda x, a: F.linear(x, a.weight)),
-            Convolved(),
+            lambda: nn.Sequential(WithoutBias(D, 8), nn.ReLU(), nn.Linear(8, 3)),
+            lambda: Twice(lambda x, a: F.linear(x, a.weight)),
+            Convolved,
         ],
         ids=["subclass", "twice", "convolution"],
     )
-    def test_holds(self, model, optimizer):
-        learned = Learned(model, optimizer=optimizer)
+    def test_holds(self, make, optimizer):
+        torch.manual_seed(0)
+        learned = Learned(make(), optimizer=optimizer)
         assert learned.verified.holds and learned.verified.moved < 1e-5
         assert learned.has_learned and not learned.said
 
@@ -118,8 +119,9 @@ class TestOtherUses:
             (lambda x, a: x @ a.weight.detach(), "matmul|__matmul__"),
             (lambda x, a: x * torch.no_grad()(lambda: a.weight.norm())(), "norm"),
             (lambda x, a: x * (1 if a.training else a.weight.sum()), "sum"),
+            (lambda x, a: x * torch.fft.fft(a.weight).abs().sum(), "fft_fft"),
         ],
-        ids=["detached", "no_grad", "eval"],
+        ids=["detached", "no_grad", "eval", "complex"],
     )
     def test_what_has_no_gradient_is_named_too(self, again, name):
         learned = Learned(Twice(again, bias=False), optimizer=adam)
@@ -143,6 +145,32 @@ class TestOtherUses:
     )
     def test_what_takes_its_shape_or_kind_alone_is_no_use(self, like):
         learned = Learned(Twice(lambda x, a: x @ (torch.ones(D, D) * like(a.weight))))
+        assert learned.verified.holds and not learned.said
+
+    def test_a_gradient_that_is_looked_at_is_no_use(self):
+        learned = Learned(Twice(lambda x, a: x * (a.weight.grad is None or 1)))
+        assert learned.verified.holds and not learned.said
+
+    def test_a_weight_applied_with_a_bias_made_elsewhere(self):
+        """As where queries and values alone have one."""
+
+        class Elsewhere(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                torch.manual_seed(0)
+                self.a, self.b, self.shift = nn.Linear(D, 4, bias=False), nn.Linear(4, 3), nn.LayerNorm(2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                bias = torch.cat([self.shift.bias, torch.zeros(2)])
+                return self.b(F.linear(x, self.a.weight, bias).relu())
+
+        learned = Learned(Elsewhere())
+        assert learned.verified.holds and not learned.said
+
+    def test_numbers_of_the_frozen_half_may_be_used(self):
+        model = Twice(lambda x, a: x * a.weight.norm())
+        model.a.weight.requires_grad_(False)
+        learned = Learned(model)
         assert learned.verified.holds and not learned.said
 
     @pytest.mark.parametrize("part", ["weight", "bias"])
@@ -186,6 +214,14 @@ class TestGradientsOfOtherKinds:
         with memory.protect():
             jacobian = torch.autograd.functional.jacobian(model, NEW, vectorize=True)
         assert_close(jacobian[0, :, 0], model.weight.detach())
+
+    def test_batched_gradients_of_parameters_are_refused(self):
+        model = nn.Linear(D, 3)
+        memory = GradientProjectionMemory(model)
+        memory.update(model, [OLD], threshold=1.0)
+        with memory.protect(), pytest.raises(InputError, match="^is_grads_batched takes gradients of parameters that"):
+            outputs = model(NEW).sum(0)
+            torch.autograd.grad(outputs, list(model.parameters()), torch.eye(3), is_grads_batched=True)
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
     @pytest.mark.parametrize("n_outputs", [3, 60], ids=["gradient side", "input side"])
@@ -245,6 +281,22 @@ class TestBatchesAndModes:
         memory = GradientProjectionMemory(Sum())
         memory.update(memory.model, [(OLD, 2 * OLD.flip(1))], threshold=1.0)
         assert memory.columns == {"a": 6}, "three of each input"
+
+    @pytest.mark.parametrize("inner", ["module", "base_model"])
+    def test_a_wrapper_is_given_what_its_model_needs(self, inner):
+        class Wrapper(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                setattr(self, inner, nn.Linear(D, 3))
+
+            def forward(self, *inputs, **arguments):
+                return getattr(self, inner)(*inputs, **arguments)
+
+        memory = GradientProjectionMemory(Wrapper())
+        memory.update(memory.model, [(OLD, torch.zeros(3))], threshold=1.0)
+        assert memory.columns == {f"{inner}": 3}
+        with memory.protect():
+            assert memory.verify(memory.model, (OLD, torch.zeros(3))).holds
 
     def test_a_model_that_parts_its_weights_in_training(self):
         model = nn.Sequential(Merged(), nn.ReLU())

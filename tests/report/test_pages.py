@@ -150,7 +150,9 @@ def test_what_bfloat16_costs_is_what_the_results_say():
 @pytest.mark.parametrize("kind", pages.PAGES)
 def test_a_page_is_left_alone_where_no_run_is_one_of_its(tmp_path, kind, capsys):
     data = {"kind": "embedded", "notes": []}
-    runs, page = write(tmp_path / "a", data=data), tmp_path / "page.md"
+    runs, page = tmp_path / "runs", tmp_path / "page.md"
+    write(runs / "a", data=data)
+    (write(runs / "b") / "summary.json").write_text("{")  # a damaged one makes no table
     page.write_text(f"{pages.BEGIN}\nbefore\n{pages.END}")
     code = report.main([str(runs), f"--{kind}", str(page)])
     if kind == "page":
