@@ -78,11 +78,10 @@ def load_run(
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
-        remedy = "delete its summary.json and run its command again, which writes both from the checkpoint"
-        ended = (folder / "summary.json").exists()
-        raise InputError(
-            f"{folder} {f'has no config.json; {remedy}' if ended else 'is no run folder: it has no config.json'}"
-        )
+        if (folder / "summary.json").exists():
+            remedy = "delete its summary.json and run its command again, which writes both from the checkpoint"
+            raise InputError(f"{folder} has no config.json; {remedy}")
+        raise InputError(f"{folder} is no run's folder: it has no config.json")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         description = config["model"]

@@ -242,7 +242,7 @@ class TestLoadRun:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (None, "is no run's folder: it has no config.json"),
+            (None, r"has no config.json; delete its summary.json and run its command again, which writes both"),
             (b"", "config.json is not the config.json of a run: JSONDecodeError"),
             (b"\xff\xfe", "config.json is not the config.json of a run: UnicodeDecodeError"),
             (b"[]", "config.json is not the config.json of a run: TypeError"),

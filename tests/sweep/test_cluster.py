@@ -22,7 +22,7 @@ import json, pathlib, sys
 from sweep import cluster, jobs
 folder = pathlib.Path(sys.argv[1])
 plan = [
-    jobs.Job(name, tuple(command), folder / "logs" / name, folder / name, {"n_tasks": 3}, n_epochs=8)
+    jobs.Job(name, tuple(command), folder / "logs" / name, folder / name, {"method": "gpm", "n_tasks": 3}, n_epochs=8)
     for name, command in json.loads(sys.argv[2]).items()
 ]
 machines = cluster.Cluster("local", pathlib.Path.cwd(), cpus=1, gpus=0)
