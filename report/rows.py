@@ -39,6 +39,7 @@ class Row:
     published: Published | None = None
     verdict: str = "–"  # "yes", "no …", or why the row cannot be compared
     notes: list[str] = field(default_factory=list)
+    origin: str = ""  # a note on which code made which of the runs, where it was not all the same
 
     @property
     def title(self) -> str:
@@ -214,7 +215,7 @@ def _row(key: tuple, found: list[Run]) -> Row:
             row.notes.append(f"the runs of this row are of different {what}: their mean says little")
     if len(row.commits) > 1:
         made = [f"{commit} ({runs_in_words(members)})" for commit, members in row.commits.items()]
-        row.notes.append(f"made by {len(made)} states of the code: {', '.join(made)}")
+        row.origin = f"made by {len(made)} states of the code: {', '.join(made)}"
     return row
 
 

@@ -110,10 +110,12 @@ def table(
         validation: with the validation accuracy, for a search over hyperparameters.
         without: headings to leave out.
     """
-    numbered = list(dict.fromkeys(note for row in rows for note in row.notes))
+    # On what and by which code a row was made stand together, or both elsewhere.
+    of_rows = [[*row.notes, *([row.origin] if row.origin and "hardware" not in without else [])] for row in rows]
+    numbered = list(dict.fromkeys(note for some in of_rows for note in some))
     body = []
-    for row in rows:
-        marks = "".join(f" [{numbered.index(note) + 1}]" for note in dict.fromkeys(row.notes))
+    for row, some in zip(rows, of_rows, strict=True):
+        marks = "".join(f" [{numbered.index(note) + 1}]" for note in dict.fromkeys(some))
         body.append(cells(row, marks))
     notes = [f"[{i}] {note}" for i, note in enumerate(numbered, 1)]
     compared = any(row.published for row in rows)
@@ -227,7 +229,12 @@ def as_csv(rows: Sequence[Row], problems: Sequence[Problem], validation: bool = 
             | {"hardware": row.hardware}
             | numbers(row.published and row.published.accuracy, "paper_average_accuracy")
             | numbers(row.published and row.published.backward_transfer, "paper_backward_transfer")
-            | {"reproduced": row.verdict, "notes": "; ".join(row.notes), "command": command(row), "path": ""}
+            | {
+                "reproduced": row.verdict,
+                "notes": "; ".join(filter(None, [*row.notes, row.origin])),
+                "command": command(row),
+                "path": "",
+            }
             | {"task_identity": row.task_identity, "commit": " ".join(row.commits)}
         )
     headings = list(lines[0]) if lines else ["status", "notes", "path"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from report import __main__ as report
-from report import tables
+from report import pages, tables
 from report.rows import summarise, without
 from sweep import __main__ as sweep
 from sweep import plan
@@ -100,6 +100,8 @@ def test_a_row_whose_runs_mix_commits_says_which_made_which(tmp_path):
     for seed, commit in ((1, "aaa"), (2, "bbb"), (3, "bbb")):
         write(tmp_path / str(seed), seed=seed, commit=commit)
     (row,) = rows_of(tmp_path)
-    assert row.notes == ["made by 2 states of the code: aaa (seed 1), bbb (seeds 2, 3)"]
+    assert row.origin == "made by 2 states of the code: aaa (seed 1), bbb (seeds 2, 3)"
     assert "[1] made by 2 states" in tables.as_markdown([row], []) and "| aaa, bbb |" in tables.as_markdown([row], [])
+    assert "made by 2 states" in tables.as_text([row], []) and "made by 2 states" in tables.as_csv([row], [])
+    assert "made by" not in pages.short_table([row], []), "the page of all results says so"
     assert row.verdict.startswith("no (")  # compared all the same
