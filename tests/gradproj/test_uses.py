@@ -282,6 +282,16 @@ class TestBatchesAndModes:
         memory.update(memory.model, [(OLD, 2 * OLD.flip(1))], threshold=1.0)
         assert memory.columns == {"a": 6}, "three of each input"
 
+    def test_labels_are_left_out_of_a_model_that_may_take_more(self):
+        class More(nn.Linear):
+            def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+                return super().forward(x + sum(m[:, None] for m in more))
+
+        memory = GradientProjectionMemory(More(D, 3))
+        memory.update(memory.model, [(OLD[:1], torch.ones(1))], threshold=1.0)
+        direction = memory.bases[""][:-1, 0] / memory.bases[""][-1, 0]
+        assert_close(direction.float(), OLD[0])
+
     @pytest.mark.parametrize("inner", ["module", "base_model"])
     def test_a_wrapper_is_given_what_its_model_needs(self, inner):
         class Wrapper(nn.Module):
