@@ -311,6 +311,17 @@ def test_an_image_that_is_too_large_is_named(tmp_path, monkeypatch):
         own.read_image(tmp_path / "large.png")
 
 
+def test_too_little_memory_is_no_fault_of_the_image(tmp_path, monkeypatch):
+    Image.new("L", (3, 3)).save(tmp_path / "image.png")
+
+    def open_nothing(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", open_nothing)
+    with pytest.raises(MemoryError):
+        own.read_image(tmp_path / "image.png")
+
+
 def test_files_of_other_kinds_are_counted_and_left_out(pictures):
     Image.new("L", (4, 4)).save(pictures / "train" / "a" / "more.gif")
     for name in ("notes.txt", "more.txt", "movie", ".hidden"):
