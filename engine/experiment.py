@@ -326,31 +326,27 @@ class Run:
             self.task_progress = TaskProgress.from_state_dict(state["task_progress"])
         since = {"threads": self.threads, "interference": None, "network": self.network, "initial": {}}
         state = since | {"commits": [], "devices": [], "shared": [], "frozen": self.frozen} | state
-        commits, devices, shared = self.commits, self.devices, self.shared
+        here = {name: getattr(self, name) for name in ("commits", "devices", "shared")}
         for name in CHECKPOINT_FIELDS:
             setattr(self, name, state[name])
         for name, p in self.method.model.named_parameters():
             if p.requires_grad == (name in self.frozen):
                 p.requires_grad_(not p.requires_grad)
-        self.commits = list(dict.fromkeys(self.commits + commits))
-        self.devices = list(dict.fromkeys(self.devices + devices))
-        self.shared = list(dict.fromkeys(self.shared + shared))
+        for name, values in here.items():
+            setattr(self, name, list(dict.fromkeys(getattr(self, name) + values)))
         unmeasured = [[None] * self.options.n_tasks] * self.position
         self.accuracy = {part: self.accuracy.get(part, unmeasured) for part in ("valid", "test", "class_incremental")}
 
     def config(self) -> dict[str, Any]:
         """config.json: all that decides the run's numbers, and where it ran."""
+        notes = [*self.benchmark.notes, *self.shared]
         return {
             "benchmark": self.benchmark.name,
             "hyperparameters": hyperparameters(self.options, type(self.method)),
             "model": describe_model(self.method.model),
             "method": describe(type(self.method)),
             "network": self.network,
-            "data": {
-                "kind": self.benchmark.data,
-                "sources": self.benchmark.sources,
-                "notes": [*self.benchmark.notes, *self.shared],
-            },
+            "data": {"kind": self.benchmark.data, "sources": self.benchmark.sources, "notes": notes},
             "tasks": self.tasks.known,
             "device": "; ".join(self.devices),
             "versions": hardware.versions(),
